@@ -175,7 +175,12 @@ mod tests {
     #[test]
     fn frames_come_out_as_they_went_in_however_they_are_cut() {
         let frames = [
-            ClientFrame::Send(v1::Send { conversation: "c".into(), send_no: 1, body: "hi".into(), ..Default::default() }),
+            ClientFrame::Send(v1::Send {
+                conversation: "c".into(),
+                send_no: 1,
+                body: "hi".into(),
+                ..Default::default()
+            }),
             ClientFrame::Ping(v1::Ping { token: 7 }),
             ClientFrame::Resume(v1::Resume::default()),
         ];

@@ -254,6 +254,12 @@ impl ReplicaId {
     }
 }
 
+impl From<u64> for ReplicaId {
+    fn from(n: u64) -> Self {
+        Self::from_u64(n)
+    }
+}
+
 impl fmt::Display for ReplicaId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.broker, self.incarnation)

@@ -10,7 +10,7 @@ pub mod reason;
 pub mod record;
 
 /// The generated code, nested as its packages are, since it refers to itself that way.
-#[allow(missing_docs, clippy::all, unreachable_pub)]
+#[allow(missing_docs, clippy::all, clippy::too_many_lines, unreachable_pub)]
 mod stentor {
     pub mod v1 {
         tonic::include_proto!("stentor.v1");

@@ -55,6 +55,8 @@ reasons! {
     TooManyParticipants = 15, "TOO_MANY_PARTICIPANTS", false, "the conversation is full";
     LastOwner = 16, "LAST_OWNER", false, "a conversation keeps at least one owner";
     DirectIsFixed = 17, "DIRECT_IS_FIXED", false, "a direct conversation has exactly its two users";
+    TooManyStays = 18, "TOO_MANY_STAYS", false, "the user was added and removed too often";
+    TooManyConversations = 19, "TOO_MANY_CONVERSATIONS", false, "the user has too many conversations";
     BodyTooLarge = 20, "BODY_TOO_LARGE", false, "the body is over the limit";
     EmptyBody = 21, "EMPTY_BODY", false, "the body is empty";
     BadContentType = 22, "BAD_CONTENT_TYPE", false, "the content type is not a short printable text";
@@ -73,6 +75,7 @@ reasons! {
     BehindRetention = 43, "BEHIND_RETENTION", false, "what was asked for has expired";
     SessionSuperseded = 50, "SESSION_SUPERSEDED", false, "a newer session of this device took over";
     UnknownDevice = 51, "UNKNOWN_DEVICE", false, "there is no such device";
+    TooManyDevices = 52, "TOO_MANY_DEVICES", false, "the user has too many devices";
     Unauthenticated = 60, "UNAUTHENTICATED", false, "the token is missing, malformed or forged";
     TokenExpired = 61, "TOKEN_EXPIRED", false, "the token has expired";
     WrongApp = 62, "WRONG_APP", false, "the token is for another app";

@@ -1,0 +1,10 @@
+//! `cargo fuzz run bundle`; built without it, this replays the files that it is given. See `stentor_fuzz::bundle`.
+#![cfg_attr(fuzzing, no_main)]
+
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| stentor_fuzz::bundle(data));
+
+#[cfg(not(fuzzing))]
+fn main() -> std::io::Result<()> {
+    stentor_fuzz::replay(stentor_fuzz::bundle)
+}

@@ -1,0 +1,10 @@
+//! `cargo fuzz run row`; built without it, this replays the files that it is given. See `stentor_fuzz::row`.
+#![cfg_attr(fuzzing, no_main)]
+
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| stentor_fuzz::row(data));
+
+#[cfg(not(fuzzing))]
+fn main() -> std::io::Result<()> {
+    stentor_fuzz::replay(stentor_fuzz::row)
+}
