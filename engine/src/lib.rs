@@ -3,6 +3,21 @@
 
 #![forbid(unsafe_code)]
 
+pub mod access;
+pub mod apply;
+pub mod batch;
+pub mod command;
+pub mod conversation;
+pub mod dedup;
+pub mod delivery;
 pub mod effect;
 pub mod key;
+pub mod limits;
+pub mod meta;
+pub mod placement;
+pub mod route;
 pub mod rows;
+pub mod session;
+pub mod stamp;
+mod state;
+pub mod user;

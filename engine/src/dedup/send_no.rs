@@ -1,0 +1,107 @@
+//! Send numbers: a device's events keep the order in which it sent them, and each number has one answer for ever. Must
+//! never accept any number but the one after the last.
+
+use stentor_proto::{
+    ids::SendNo,
+    internal::{Send, SendResult, SendStateRow},
+    reason::Reason,
+};
+use twox_hash::XxHash3_64;
+
+use crate::{apply::ApplyError, effect::Outcome, key::RowKey, limits, rows::Rows, state};
+
+/// What a number means, given the state of its (device, conversation).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Judged {
+    /// It is the next one: decide about the send, then consume the number, whatever the decision.
+    Fresh,
+    /// It has its answer already.
+    First(SendResult),
+    /// Nothing changes.
+    Refused(Reason),
+}
+
+/// Judges a send by its number.
+pub(crate) fn judge(row: Option<&SendStateRow>, send: &Send, hash: u64) -> Result<Judged, ApplyError> {
+    let (last, done_no) = row.map_or((0, 0), |row| (row.last, row.done_no));
+    if send.send_no > last.saturating_add(1) {
+        return Ok(Judged::Refused(Reason::OutOfOrder));
+    }
+    if send.send_no <= done_no {
+        return Ok(Judged::Refused(Reason::DedupWindowPassed));
+    }
+    if send.send_no <= last {
+        let result = row.and_then(|row| find(row, send.send_no));
+        let result = result.ok_or_else(|| ApplyError::Damaged(format!("no result for send {}", send.send_no)))?;
+        let same = result.command_hash == hash;
+        return Ok(if same { Judged::First(result) } else { Judged::Refused(Reason::SendNoTaken) });
+    }
+    // `shape` has made sure that done_no < send_no, so that it cannot pass `last` here.
+    let open = last - done_no.max(send.done_no);
+    Ok(if open >= limits::MAX_OPEN_SENDS { Judged::Refused(Reason::TooManyOpenSends) } else { Judged::Fresh })
+}
+
+fn find(row: &SendStateRow, send_no: u64) -> Option<SendResult> {
+    let at = row.results.binary_search_by_key(&send_no, |r| r.send_no).ok()?;
+    row.results.get(at).cloned()
+}
+
+/// What a device learns about its count: (last, done_no).
+pub fn counts(row: Option<&SendStateRow>) -> (SendNo, SendNo) {
+    row.map_or_else(Default::default, |row| (SendNo(row.last), SendNo(row.done_no)))
+}
+
+/// A fresh number on its way into the state.
+pub(crate) struct Numbered {
+    pub(crate) key: RowKey,
+    pub(crate) exists: bool,
+    pub(crate) hash: u64,
+}
+
+impl Numbered {
+    /// Consumes the number: `outcome` is its answer from now on.
+    pub(crate) fn consume(self, rows: &mut impl Rows, send: &Send, outcome: &Outcome) -> Result<(), ApplyError> {
+        let mut result = SendResult { send_no: send.send_no, command_hash: self.hash, ..SendResult::default() };
+        match *outcome {
+            Outcome::Accepted { seq, stamp, .. } => (result.seq, result.stamp_ms) = (seq.0, stamp.0),
+            Outcome::Refused { reason, .. } => result.reason = reason as u32,
+            Outcome::SessionOpened { .. } | Outcome::Done => {}
+        }
+        if !self.exists {
+            let row = SendStateRow { last: send.send_no, done_no: send.done_no, results: vec![result] };
+            rows.put(self.key, row.into());
+            return Ok(());
+        }
+        let row = state::change::<SendStateRow>(rows, &self.key)?;
+        row.last = send.send_no;
+        if row.done_no < send.done_no {
+            row.done_no = send.done_no;
+            let answered = row.results.partition_point(|r| r.send_no <= send.done_no);
+            row.results.drain(..answered);
+        }
+        row.results.push(result);
+        Ok(())
+    }
+}
+
+/// What makes two sends of one number the same: all that a retry keeps, so without `done_no`. Stored in rows: frozen.
+/// `body_crc` is the command's, which `apply` has checked against the body.
+pub(crate) fn hash(send: &Send, body_crc: u32) -> u64 {
+    let (client_id, first_try_ms) = send.client_key.as_ref().map_or((&[][..], 0), |k| (&k.client_id, k.first_try_ms));
+    hash_words([
+        u64::from(send.refused) << 32 | u64::from(send.kind as u32),
+        send.sent_at_ms,
+        first_try_ms,
+        send.expect_version.map_or(0, |v| v.wrapping_add(1)),
+        send.expect_epoch.map_or(0, |e| e.wrapping_add(1)),
+        XxHash3_64::oneshot(client_id),
+        XxHash3_64::oneshot(&send.content_type),
+        XxHash3_64::oneshot(&send.body),
+        u64::from(body_crc),
+    ])
+}
+
+/// One hash over fixed words; longer parts come in as their own hashes.
+pub(crate) fn hash_words<const N: usize>(words: [u64; N]) -> u64 {
+    XxHash3_64::oneshot(words.map(u64::to_le_bytes).as_flattened())
+}

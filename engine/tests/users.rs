@@ -1,0 +1,285 @@
+//! A user's shard beside what it promises: fencing of sessions, cursors that never go back, a list of conversations
+//! that late news cannot spoil; and the meta shard's version checks.
+
+// A test may stop at once: `unwrap` and `panic!` are how it says that something is not as it should be.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+#[path = "model/flaky.rs"]
+mod flaky;
+
+use std::collections::BTreeMap;
+
+use bytes::{Bytes, BytesMut};
+use flaky::Flaky;
+use proptest::prelude::*;
+use stentor_engine::{
+    apply::{self, Context},
+    command,
+    effect::{Applied, Effect, Outcome},
+    key::{Entity, RowKey},
+    limits, meta, placement,
+    rows::{MemoryRows, Row, Rows},
+    user,
+};
+use stentor_proto::{
+    ids::{AppId, BrokerId, ConversationId, DeviceId, Incarnation, ReplicaId, Seq, SessionNo, StampMs, UserId},
+    internal::{Command, PutBroker},
+    reason::Reason,
+};
+
+#[derive(Default)]
+struct Shard {
+    rows: MemoryRows,
+    /// The same, with nothing in memory when a command begins; told by the hint, and not.
+    unloaded: [Flaky; 2],
+    effects: Vec<Effect>,
+}
+
+impl Shard {
+    fn apply(&mut self, command: &Command) -> Outcome {
+        let (mut out, mut records) = (Applied::default(), BytesMut::new());
+        let ctx = Context { stamp: StampMs(7), level: apply::LEVEL };
+        apply::apply_command(&mut self.rows, &ctx, &command::encode(command), &mut records, &mut out).unwrap();
+        for (listen, unloaded) in [true, false].into_iter().zip(&mut self.unloaded) {
+            let mut again = Applied::default();
+            let missed = unloaded.apply(&ctx, &command::encode(command), listen, &mut again);
+            assert!(again == out && unloaded.all == self.rows, "{command:?}");
+            assert!(
+                !listen || missed == 0 || command.target.is_empty(),
+                "the hint names every row of a user's command"
+            );
+        }
+        self.effects = out.effects;
+        out.outcomes.remove(0)
+    }
+
+    fn cursor(&mut self, key: &RowKey) -> u64 {
+        match self.rows.get(key).unwrap() {
+            Some(Row::Cursor(cursor)) => cursor.seq,
+            None => 0,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn user(&mut self) -> stentor_proto::internal::UserRow {
+        match self.rows.get(&user::user_key(&ann())).unwrap() {
+            Some(Row::User(user)) => *user,
+            _ => Default::default(),
+        }
+    }
+}
+
+fn app() -> AppId {
+    AppId::new("app").unwrap()
+}
+
+fn user_id() -> UserId {
+    UserId::new("ann").unwrap()
+}
+
+fn ann() -> Entity {
+    Entity::user("app", "ann")
+}
+
+fn device(n: usize) -> DeviceId {
+    DeviceId::new(format!("d{n}")).unwrap()
+}
+
+fn conversation(n: usize) -> ConversationId {
+    ConversationId::new(format!("c{n}")).unwrap()
+}
+
+fn open(on: usize, nonce: u8) -> Command {
+    command::open_session(&app(), &user_id(), &device(on), &[nonce; 16])
+}
+
+fn moves(on: usize, session: u64, delivered: &[(usize, u64)], read: &[(usize, u64)]) -> Command {
+    let cursors = |list: &[(usize, u64)]| list.iter().map(|&(c, s)| (conversation(c), Seq(s))).collect::<Vec<_>>();
+    command::move_cursors(&app(), &user_id(), &device(on), SessionNo(session), &cursors(delivered), &cursors(read))
+}
+
+const SUPERSEDED: Outcome = Outcome::Refused { reason: Reason::SessionSuperseded, last: stentor_proto::ids::SendNo(0) };
+
+#[test]
+fn a_new_session_fences_the_old_one() {
+    let mut shard = Shard::default();
+    assert_eq!(shard.apply(&open(0, 1)), Outcome::SessionOpened { session_no: SessionNo(1) });
+    assert_eq!(shard.apply(&moves(0, 1, &[(0, 5)], &[(0, 3)])), Outcome::Done);
+    assert_eq!(shard.apply(&open(0, 2)), Outcome::SessionOpened { session_no: SessionNo(2) });
+    let before = shard.rows.clone();
+    assert_eq!(shard.apply(&moves(0, 1, &[(0, 9)], &[])), SUPERSEDED);
+    assert_eq!(shard.apply(&open(0, 1)), SUPERSEDED);
+    assert_eq!(shard.apply(&open(0, 2)), Outcome::SessionOpened { session_no: SessionNo(2) });
+    assert_eq!(shard.apply(&moves(0, 3, &[(0, 9)], &[])), Outcome::refused(Reason::Malformed));
+    assert_eq!(shard.apply(&moves(1, 1, &[(0, 9)], &[])), Outcome::refused(Reason::UnknownDevice));
+    assert_eq!(shard.rows, before, "none of these changed anything");
+}
+
+#[test]
+fn devices_are_bounded_and_a_removed_one_stays_fenced() {
+    let mut shard = Shard::default();
+    for n in 0..limits::MAX_DEVICES_PER_USER as usize {
+        assert!(matches!(shard.apply(&open(n, 1)), Outcome::SessionOpened { .. }));
+    }
+    assert_eq!(shard.apply(&open(9_999, 1)), Outcome::refused(Reason::TooManyDevices));
+    assert_eq!(shard.apply(&command::remove_device(&app(), &user_id(), &device(0))), Outcome::Done);
+    let gone = command::remove_device(&app(), &user_id(), &device(0));
+    assert_eq!(shard.apply(&gone), Outcome::refused(Reason::UnknownDevice));
+    let Outcome::SessionOpened { session_no } = shard.apply(&open(0, 1)) else { panic!() };
+    assert_eq!(session_no.0, u64::from(limits::MAX_DEVICES_PER_USER) + 1);
+    assert_eq!(shard.apply(&moves(0, 1, &[(0, 9)], &[])), SUPERSEDED);
+}
+
+proptest! {
+    #[test]
+    fn session_numbers_only_grow_and_one_nonce_has_one(steps in prop::collection::vec((0..3usize, 0..12u8), 1..60)) {
+        let mut shard = Shard::default();
+        let mut given = BTreeMap::new();
+        let mut current = BTreeMap::new();
+        let mut highest = 0;
+        for (on, nonce) in steps {
+            match shard.apply(&open(on, nonce)) {
+                Outcome::SessionOpened { session_no } => {
+                    if let Some(before) = given.insert((on, nonce), session_no.0) {
+                        prop_assert_eq!((before, current[&on]), (session_no.0, nonce));
+                    } else {
+                        prop_assert!(session_no.0 > highest);
+                        highest = session_no.0;
+                    }
+                    current.insert(on, nonce);
+                }
+                outcome => {
+                    prop_assert_eq!(outcome, SUPERSEDED);
+                    prop_assert!(given.contains_key(&(on, nonce)) && current[&on] != nonce);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn cursors_are_the_highest_seq_that_was_named(
+        steps in prop::collection::vec((0..2usize, any::<bool>(), 0..3usize, 0..20u64, 0..3usize, 0..20u64), 1..40),
+    ) {
+        let mut shard = Shard::default();
+        let sessions = [1, 2];
+        for on in 0..2 {
+            shard.apply(&open(on, 1));
+        }
+        let (mut delivered, mut read) = (BTreeMap::new(), BTreeMap::new());
+        for (on, old, c, seq, c2, seq2) in steps {
+            let session = sessions[on] - u64::from(old);
+            let outcome = shard.apply(&moves(on, session, &[(c, seq), (c2, seq2)], &[(c, seq2)]));
+            if old {
+                prop_assert_eq!(outcome, SUPERSEDED);
+                continue;
+            }
+            prop_assert_eq!(outcome, Outcome::Done);
+            for (c, seq) in [(c, seq), (c2, seq2)] {
+                let cursor = delivered.entry((on, c)).or_insert(0);
+                *cursor = seq.max(*cursor);
+            }
+            let cursor = read.entry(c).or_insert(0);
+            *cursor = seq2.max(*cursor);
+        }
+        for (&(on, c), &seq) in &delivered {
+            let key = ann().delivered(device(on).as_str(), conversation(c).as_str());
+            prop_assert_eq!(shard.cursor(&key), seq);
+        }
+        for (&c, &seq) in &read {
+            prop_assert_eq!(shard.cursor(&user::read_key(&ann(), conversation(c).as_str())), seq);
+        }
+        let rows = delivered.values().chain(read.values()).filter(|seq| **seq > 0).count();
+        prop_assert_eq!(shard.user().cursors as usize, rows);
+    }
+
+    #[test]
+    fn outbox_items_in_any_order_end_alike(
+        items in prop::collection::vec((0..3usize, 1..8u64), 1..20), order in any::<prop::sample::Index>(),
+    ) {
+        let removed = |seq: u64| seq.is_multiple_of(2);
+        let item = |c: usize, seq| {
+            command::user_conversation(&app(), &user_id(), &conversation(c), Seq(seq), removed(seq))
+        };
+        let (mut straight, mut turned) = (Shard::default(), Shard::default());
+        let at = order.index(items.len());
+        let turned_items = items[at..].iter().chain(items[..at].iter().rev()).chain(&items[..at]);
+        for &(c, seq) in &items {
+            straight.apply(&item(c, seq));
+        }
+        for &(c, seq) in turned_items {
+            turned.apply(&item(c, seq));
+        }
+        let mut last = BTreeMap::new();
+        for &(c, seq) in &items {
+            let before = last.entry(c).or_insert(0);
+            *before = seq.max(*before);
+        }
+        prop_assert_eq!(straight.user().conversations as usize, last.values().filter(|s| !removed(**s)).count());
+        if straight.user().conversations > 0 || turned.user().conversations > 0 {
+            prop_assert_eq!(straight.user(), turned.user());
+        }
+        for (c, seq) in last {
+            let key = user::conversation_key(&ann(), conversation(c).as_str());
+            let expected = stentor_proto::internal::UserConversationRow { seq, removed: removed(seq) };
+            for shard in [&mut straight, &mut turned] {
+                prop_assert_eq!(shard.rows.get(&key).unwrap(), Some(&Row::from(expected)));
+            }
+        }
+    }
+}
+
+#[test]
+fn news_of_a_conversation_reach_the_user_once() {
+    let mut shard = Shard::default();
+    let item = |seq, removed| command::user_conversation(&app(), &user_id(), &conversation(0), Seq(seq), removed);
+    assert_eq!((shard.apply(&item(3, false)), shard.effects.len()), (Outcome::Done, 1));
+    assert_eq!((shard.apply(&item(3, false)), shard.effects.len()), (Outcome::Done, 0));
+    assert_eq!((shard.apply(&item(2, true)), shard.effects.len()), (Outcome::Done, 0));
+    assert_eq!((shard.apply(&item(5, true)), shard.effects.len()), (Outcome::Done, 1));
+    assert_eq!((shard.apply(&item(4, false)), shard.effects.len()), (Outcome::Done, 0), "late, and older than its end");
+}
+
+fn brokers() -> Vec<ReplicaId> {
+    (1..=3).map(|n| ReplicaId { broker: BrokerId(n), incarnation: Incarnation(1) }).collect()
+}
+
+#[test]
+fn the_meta_shard_checks_versions() {
+    let mut shard = Shard::default();
+    assert_eq!(shard.apply(&command::put_cluster("one", 4)), Outcome::Done);
+    assert_eq!(shard.effects, [Effect::MetaChanged]);
+    assert_eq!((shard.apply(&command::put_cluster("one", 4)), shard.effects.len()), (Outcome::Done, 0));
+    assert_eq!(shard.apply(&command::put_cluster("two", 4)), Outcome::refused(Reason::AlreadyExists));
+
+    let plan = placement::plan(&brokers(), 4, 3).unwrap();
+    assert_eq!(shard.apply(&command::mark_initialized(2)), Outcome::refused(Reason::UnknownShard));
+    assert_eq!(shard.apply(&command::put_placement(plan.clone(), 0)), Outcome::Done);
+    assert_eq!(shard.apply(&command::put_placement(plan.clone(), 0)), Outcome::refused(Reason::WrongVersion));
+    assert_eq!(shard.apply(&command::mark_initialized(2)), Outcome::Done);
+    assert_eq!(shard.apply(&command::mark_initialized(9)), Outcome::refused(Reason::UnknownShard));
+    let cut = plan[..3].to_vec();
+    assert_eq!(shard.apply(&command::put_placement(cut, 1)), Outcome::refused(Reason::Malformed));
+    assert_eq!(shard.apply(&command::put_placement(plan, 1)), Outcome::Done);
+    let Some(Row::Placement(row)) = shard.rows.get(&meta::placement_key()).unwrap() else { panic!() };
+    let initialized: Vec<_> = row.shards.iter().filter(|s| s.initialized).map(|s| s.shard).collect();
+    assert_eq!((row.version, initialized), (2, vec![2]), "a shard that was initialized stays so");
+    assert_eq!(placement::SlotMap::from_row(row).unwrap().version().0, 2);
+}
+
+#[test]
+fn a_brokers_incarnation_never_goes_back() {
+    let mut shard = Shard::default();
+    let broker = |incarnation| {
+        let text = Bytes::from_static(b"127.0.0.1:1");
+        let put = PutBroker { broker: 1, name: "b".into(), peer: text.clone(), api: text, incarnation };
+        command::put_broker(put)
+    };
+    assert_eq!(shard.apply(&broker(2)), Outcome::Done);
+    assert_eq!((shard.apply(&broker(2)), shard.effects.len()), (Outcome::Done, 0));
+    assert_eq!(shard.apply(&broker(1)), Outcome::refused(Reason::WrongVersion));
+    assert_eq!(shard.apply(&broker(3)), Outcome::Done);
+    assert_eq!(shard.apply(&broker(0)), Outcome::refused(Reason::Malformed));
+    assert_eq!(shard.apply(&command::put_app(&app(), vec![])), Outcome::Done);
+    let keys = vec![Default::default(); limits::MAX_SIGNING_KEYS + 1];
+    assert_eq!(shard.apply(&command::put_app(&app(), keys)), Outcome::refused(Reason::Malformed));
+}
