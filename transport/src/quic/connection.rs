@@ -1,0 +1,115 @@
+//! One QUIC connection, either side, and why connections end.
+
+use std::{io, net::SocketAddr};
+
+use quinn::{ConnectError, ConnectionError, VarInt};
+use thiserror::Error;
+
+use super::{FrameReader, FrameWriter, listener::canonical};
+
+/// Why a connection failed or ended. Nothing can be said about bytes that were written before and not answered.
+#[derive(Debug, Error)]
+pub enum QuicError {
+    /// The other side was silent for too long, or never answered at all.
+    #[error("the other side does not answer")]
+    TimedOut,
+    /// The other side closed it on purpose.
+    #[error("closed by the other side (code {code}): {reason}")]
+    ClosedByPeer {
+        /// The other side's code.
+        code: u64,
+        /// The other side's words.
+        reason: String,
+    },
+    /// The other side refuses new connections.
+    #[error("the other side refuses connections")]
+    Refused,
+    /// The other side has restarted and knows nothing of this connection.
+    #[error("the other side has restarted")]
+    Reset,
+    /// Our own side closed it.
+    #[error("closed")]
+    Closed,
+    /// The certificate is not of this cluster's CA, the protocols differ, or keys cannot be used.
+    #[error("TLS: {0}")]
+    Tls(String),
+    /// The other side breaks QUIC's rules.
+    #[error("QUIC: {0}")]
+    Protocol(String),
+    /// An address that cannot be connected to.
+    #[error("{0} cannot be connected to")]
+    Address(SocketAddr),
+    /// No socket could be had on this side.
+    #[error("no socket: {0}")]
+    Socket(io::Error),
+}
+
+impl From<ConnectionError> for QuicError {
+    fn from(error: ConnectionError) -> Self {
+        /// RFC 9000, CONNECTION_REFUSED.
+        const REFUSED: quinn::TransportErrorCode = quinn::TransportErrorCode::CONNECTION_REFUSED;
+        let tls = |code: quinn::TransportErrorCode| (0x100..0x200).contains(&u64::from(code));
+        match error {
+            ConnectionError::TimedOut => Self::TimedOut,
+            ConnectionError::Reset => Self::Reset,
+            ConnectionError::LocallyClosed => Self::Closed,
+            ConnectionError::ApplicationClosed(close) => Self::ClosedByPeer {
+                code: close.error_code.into_inner(),
+                reason: String::from_utf8_lossy(&close.reason).into_owned(),
+            },
+            ConnectionError::ConnectionClosed(close) if close.error_code == REFUSED => Self::Refused,
+            ConnectionError::ConnectionClosed(close) if tls(close.error_code) => Self::Tls(close.to_string()),
+            ConnectionError::TransportError(error) if tls(error.code) => Self::Tls(error.to_string()),
+            other => Self::Protocol(other.to_string()),
+        }
+    }
+}
+
+impl From<ConnectError> for QuicError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::InvalidRemoteAddress(addr) => Self::Address(addr),
+            other => Self::Socket(io::Error::other(other)),
+        }
+    }
+}
+
+/// A connection; clones are the same one. It ends when [`Self::close`] is called, or when all clones and streams of it
+/// are dropped.
+#[derive(Debug, Clone)]
+pub struct QuicConnection {
+    inner: quinn::Connection,
+}
+
+impl QuicConnection {
+    pub(super) fn new(inner: quinn::Connection) -> Self {
+        Self { inner }
+    }
+
+    /// Opens a stream. The other side sees it with the first bytes that are written.
+    pub async fn open(&self) -> Result<(FrameWriter, FrameReader), QuicError> {
+        let (send, receive) = self.inner.open_bi().await?;
+        Ok((FrameWriter::new(send), FrameReader::new(receive)))
+    }
+
+    /// The next stream that the other side opened. Cancel-safe.
+    pub async fn accept_stream(&self) -> Result<(FrameWriter, FrameReader), QuicError> {
+        let (send, receive) = self.inner.accept_bi().await?;
+        Ok((FrameWriter::new(send), FrameReader::new(receive)))
+    }
+
+    /// Where the other side is; changes when a device moves to another network.
+    pub fn remote_address(&self) -> SocketAddr {
+        canonical(self.inner.remote_address())
+    }
+
+    /// Closes it now: what was not acknowledged yet may be lost. After [`FrameWriter::finish`] nothing is.
+    pub fn close(&self, code: u32, reason: &str) {
+        self.inner.close(VarInt::from_u32(code), reason.as_bytes());
+    }
+
+    /// Waits for its end, however it comes.
+    pub async fn closed(&self) -> QuicError {
+        self.inner.closed().await.into()
+    }
+}
