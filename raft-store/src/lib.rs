@@ -1,1 +1,38 @@
-//! placeholder
+//! The only crate that touches RocksDB: Raft log, state rows, checkpoints, snapshots (docs/storage.md).
+//! Nothing here may acknowledge before its fsync, retry a failed fsync, or serve bytes whose checksum does not match.
+
+#![forbid(unsafe_code)]
+
+mod apply;
+mod blocks;
+mod cache;
+mod checkpoint;
+mod framing;
+mod identity;
+mod install;
+mod loader;
+pub mod log;
+mod logkey;
+pub mod machine;
+mod open;
+mod options;
+pub mod reader;
+mod shard;
+pub mod snapshot;
+pub mod store;
+mod synced;
+mod tail;
+pub mod types;
+pub mod verify;
+mod wal;
+pub mod wire;
+
+pub use log::ShardLog;
+pub use machine::ShardMachine;
+pub use open::open;
+pub use reader::{AppliedView, ReadError, ShardReader};
+pub use snapshot::{RowChunk, SnapshotReceiver, SnapshotRows};
+pub use store::{
+    ApplyHook, Failure, Identity, META_SLOTS, OpenError, Shard, ShardPosition, Stats, Store, StoreConfig, StoreError,
+};
+pub use verify::ReplicaReport;

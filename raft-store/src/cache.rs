@@ -1,0 +1,352 @@
+//! A shard's rows in memory: the dirty set over the frozen one over clean rows; all heads stay. Only clean rows leave.
+//! Must never answer "does not exist" for a row that the disk may have.
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+use foldhash::fast::FixedState;
+use stentor_engine::{
+    key::{Entity, Kind, RowKey},
+    rows::{NotLoaded, Row, Rows},
+};
+use stentor_proto::ids::Seq;
+
+use crate::blocks::EventRun;
+
+/// A fixed hasher: nothing iterates where order matters, and keys come from checked commands.
+pub(crate) type Map<K, V> = hashbrown::HashMap<K, V, FixedState>;
+
+/// What changed between two cuts.
+#[derive(Default)]
+pub(crate) struct Layer {
+    /// Rows; `None` is a removed one.
+    pub(crate) rows: Map<RowKey, Option<Row>>,
+    /// The keys that scans may ask for, in order; heads and send states are never scanned.
+    pub(crate) order: BTreeSet<RowKey>,
+    /// Events by conversation.
+    pub(crate) events: Map<Entity, EventRun>,
+    /// Roughly what all of it costs in memory.
+    pub(crate) bytes: usize,
+}
+
+/// Slots, pointers and bookkeeping of one row in a map, roughly.
+const ROW_OVERHEAD_BYTES: usize = 64;
+
+fn cost(key: &RowKey, row: Option<&Row>) -> usize {
+    ROW_OVERHEAD_BYTES + key.as_bytes().len() + row.map_or(0, Row::memory_bytes)
+}
+
+fn scanned(key: &RowKey) -> bool {
+    !matches!(key.kind(), Some(Kind::Conversation | Kind::SendState))
+}
+
+impl Layer {
+    fn insert(&mut self, key: RowKey, row: Option<Row>) {
+        let key_bytes = key.as_bytes().len() + ROW_OVERHEAD_BYTES;
+        self.bytes += key_bytes + row.as_ref().map_or(0, Row::memory_bytes);
+        if scanned(&key) && !self.order.contains(&key) {
+            self.order.insert(key.clone());
+        }
+        if let Some(before) = self.rows.insert(key, row) {
+            let bytes = key_bytes + before.as_ref().map_or(0, Row::memory_bytes);
+            self.bytes = self.bytes.saturating_sub(bytes);
+        }
+    }
+
+    /// Puts an older layer under this one.
+    fn settle_on(&mut self, mut below: Self) {
+        std::mem::swap(self, &mut below);
+        let above = below;
+        for (key, row) in above.rows {
+            self.insert(key, row);
+        }
+        for (entity, run) in above.events {
+            self.bytes += run.bytes();
+            match self.events.get_mut(&entity) {
+                Some(below) => below.extend(&run),
+                None => {
+                    self.events.insert(entity, run);
+                }
+            }
+        }
+    }
+}
+
+/// Clean rows in two generations: a hit in the old one moves to the young one, and when the young one is full the
+/// old one is dropped whole.
+#[derive(Default)]
+struct Clean {
+    young: Map<RowKey, Option<Row>>,
+    old: Map<RowKey, Option<Row>>,
+    young_bytes: usize,
+    old_bytes: usize,
+}
+
+impl Clean {
+    fn promote(&mut self, key: &RowKey) {
+        if let Some((key, row)) = self.old.remove_entry(key) {
+            let bytes = cost(&key, row.as_ref());
+            self.old_bytes = self.old_bytes.saturating_sub(bytes);
+            self.young_bytes += bytes;
+            self.young.insert(key, row);
+        }
+    }
+
+    fn insert(&mut self, key: RowKey, row: Option<Row>) {
+        self.promote(&key);
+        let key_bytes = ROW_OVERHEAD_BYTES + key.as_bytes().len();
+        self.young_bytes += key_bytes + row.as_ref().map_or(0, Row::memory_bytes);
+        if let Some(before) = self.young.insert(key, row) {
+            let bytes = key_bytes + before.as_ref().map_or(0, Row::memory_bytes);
+            self.young_bytes = self.young_bytes.saturating_sub(bytes);
+        }
+    }
+
+    fn trim(&mut self, budget: usize) {
+        if self.young_bytes > budget / 2 {
+            self.old = std::mem::take(&mut self.young);
+            self.old_bytes = std::mem::take(&mut self.young_bytes);
+        }
+    }
+
+    fn take(&mut self, key: &RowKey) -> Option<Option<Row>> {
+        self.promote(key);
+        let row = self.young.remove(key)?;
+        self.young_bytes = self.young_bytes.saturating_sub(cost(key, row.as_ref()));
+        Some(row)
+    }
+}
+
+/// How far [`Cache::drain`] got.
+pub(crate) enum Drained {
+    /// More rows are left.
+    Some,
+    /// No row is left; what remains is to be dropped outside of the lock.
+    All(Arc<Layer>),
+    /// There is nothing frozen, or somebody still writes it.
+    Nothing,
+}
+
+/// A shard's rows in memory.
+pub(crate) struct Cache {
+    heads: Map<RowKey, Row>,
+    dirty: Layer,
+    frozen: Option<Arc<Layer>>,
+    clean: Clean,
+    /// Bytes that the clean rows of one shard may take; shrinks as shards open.
+    budget: Arc<AtomicUsize>,
+    /// Counts what could make a row that is being loaded stale.
+    generation: u64,
+    /// Events appended since the last [`Self::take_appended`].
+    appended: u64,
+    /// A write that broke the contract of [`Rows`]: the replica must stop.
+    broken: Option<String>,
+}
+
+impl Cache {
+    pub(crate) fn new(budget: Arc<AtomicUsize>) -> Self {
+        Self {
+            heads: Map::default(),
+            dirty: Layer::default(),
+            frozen: None,
+            clean: Clean::default(),
+            budget,
+            generation: 0,
+            appended: 0,
+            broken: None,
+        }
+    }
+
+    /// A head from disk, before anything is applied.
+    pub(crate) fn add_head(&mut self, key: RowKey, row: Row) {
+        self.heads.insert(key, row);
+    }
+
+    pub(crate) fn broken(&self) -> Option<&str> {
+        self.broken.as_deref()
+    }
+
+    /// How many events were appended since the last call.
+    pub(crate) fn take_appended(&mut self) -> u64 {
+        std::mem::take(&mut self.appended)
+    }
+
+    pub(crate) fn dirty(&self) -> &Layer {
+        &self.dirty
+    }
+
+    pub(crate) fn frozen(&self) -> Option<&Arc<Layer>> {
+        self.frozen.as_ref()
+    }
+
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    pub(crate) fn clean_bytes(&self) -> usize {
+        self.clean.young_bytes + self.clean.old_bytes
+    }
+
+    /// Bytes that only a checkpoint can free.
+    pub(crate) fn undurable_bytes(&self) -> usize {
+        self.dirty.bytes + self.frozen.as_ref().map_or(0, |frozen| frozen.bytes)
+    }
+
+    /// The row as memory knows it; `None` when only the disk can tell.
+    pub(crate) fn peek(&self, key: &RowKey) -> Option<Option<&Row>> {
+        if let Some(row) = self.dirty.rows.get(key) {
+            return Some(row.as_ref());
+        }
+        if let Some(row) = self.frozen.as_ref().and_then(|frozen| frozen.rows.get(key)) {
+            return Some(row.as_ref());
+        }
+        if key.kind() == Some(Kind::Conversation) {
+            // All heads are resident: what is not here does not exist.
+            return Some(self.heads.get(key));
+        }
+        if let Some(row) = self.clean.young.get(key) {
+            return Some(row.as_ref());
+        }
+        self.clean.old.get(key).map(Option::as_ref)
+    }
+
+    /// Runs of events in memory, older first.
+    pub(crate) fn runs<'a>(&'a self, entity: &Entity) -> impl Iterator<Item = &'a EventRun> + use<'a> {
+        let frozen = self.frozen.as_ref().and_then(|frozen| frozen.events.get(entity));
+        frozen.into_iter().chain(self.dirty.events.get(entity))
+    }
+
+    /// A row that was read from disk while the generation was `generation`; refused when that read may be stale.
+    pub(crate) fn loaded(&mut self, key: RowKey, row: Option<Row>, generation: u64) -> bool {
+        if generation != self.generation {
+            return false;
+        }
+        if self.peek(&key).is_none() {
+            self.clean.insert(key, row);
+        }
+        true
+    }
+
+    /// Lets go of clean rows over the bound. Not while rows are being loaded: whoever waits for them needs all.
+    pub(crate) fn trim(&mut self) {
+        self.clean.trim(self.budget.load(Relaxed));
+    }
+
+    /// The cut: what is dirty now is frozen, and a fresh set begins. `None` while an earlier cut is being written.
+    pub(crate) fn freeze(&mut self) -> Option<Arc<Layer>> {
+        if self.frozen.is_some() {
+            return None;
+        }
+        let frozen = Arc::new(std::mem::take(&mut self.dirty));
+        self.frozen = Some(frozen.clone());
+        Some(frozen)
+    }
+
+    /// The cut was given up: what it froze is dirty again.
+    pub(crate) fn thaw(&mut self) {
+        if let Some(frozen) = self.frozen.take() {
+            match Arc::try_unwrap(frozen) {
+                Ok(below) => self.dirty.settle_on(below),
+                Err(_) => self.broken = Some("a cut was given up while it was being written".into()),
+            }
+        }
+    }
+
+    /// The frozen rows are on disk: from now on a load can find newer bytes than one that has begun.
+    pub(crate) fn written(&mut self) {
+        self.generation += 1;
+    }
+
+    /// Moves up to `count` written rows into the cache.
+    pub(crate) fn drain(&mut self, count: usize) -> Drained {
+        let Some(frozen) = &mut self.frozen else { return Drained::Nothing };
+        let Some(layer) = Arc::get_mut(frozen) else { return Drained::Nothing };
+        let mut moved = 0;
+        for (key, row) in layer.rows.extract_if(|_, _| true).take(count) {
+            moved += 1;
+            if key.kind() == Some(Kind::Conversation) {
+                match row {
+                    Some(row) => self.heads.insert(key, row),
+                    None => self.heads.remove(&key),
+                };
+            } else {
+                self.clean.insert(key, row);
+            }
+        }
+        self.trim();
+        match self.frozen.take_if(|_| moved < count) {
+            Some(rest) => Drained::All(rest),
+            None => Drained::Some,
+        }
+    }
+
+    /// Forgets everything: a snapshot takes its place.
+    pub(crate) fn clear(&mut self) {
+        let generation = self.generation + 1;
+        *self = Self { generation, ..Self::new(self.budget.clone()) };
+    }
+
+    /// Takes over the heads of a cache that was loaded beside this one.
+    pub(crate) fn adopt(&mut self, loaded: Self) {
+        self.heads = loaded.heads;
+    }
+
+    fn make_dirty(&mut self, key: &RowKey) {
+        let frozen = self.frozen.as_ref().and_then(|frozen| frozen.rows.get(key)).cloned();
+        let row = match frozen {
+            Some(row) => row,
+            None if key.kind() == Some(Kind::Conversation) => self.heads.get(key).cloned(),
+            None => self.clean.take(key).flatten(),
+        };
+        if row.is_some() {
+            self.dirty.insert(key.clone(), row);
+        }
+    }
+}
+
+impl Rows for Cache {
+    fn get(&mut self, key: &RowKey) -> Result<Option<&Row>, NotLoaded> {
+        if !self.clean.old.is_empty() {
+            self.clean.promote(key);
+        }
+        self.peek(key).ok_or_else(|| NotLoaded(key.clone()))
+    }
+
+    fn get_mut(&mut self, key: &RowKey) -> Option<&mut Row> {
+        if !self.dirty.rows.contains_key(key) {
+            self.make_dirty(key);
+        }
+        self.dirty.rows.get_mut(key)?.as_mut()
+    }
+
+    fn put(&mut self, key: RowKey, row: Row) {
+        self.dirty.insert(key, Some(row));
+    }
+
+    fn remove(&mut self, key: &RowKey) {
+        self.dirty.insert(key.clone(), None);
+    }
+
+    fn append_event(&mut self, conversation: &Entity, seq: Seq, record: &[u8]) {
+        self.dirty.bytes += record.len() + size_of::<u32>();
+        self.appended += 1;
+        if let Some(run) = self.dirty.events.get_mut(conversation) {
+            if run.next() != seq.0 {
+                let what = format!("event {seq} of {conversation:?} does not follow {}", run.next() - 1);
+                self.broken.get_or_insert(what);
+                return;
+            }
+            run.push(record);
+            return;
+        }
+        self.dirty.bytes += ROW_OVERHEAD_BYTES + conversation.as_bytes().len();
+        let mut run = EventRun::new(seq.0);
+        run.push(record);
+        self.dirty.events.insert(conversation.clone(), run);
+    }
+}

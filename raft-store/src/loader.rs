@@ -1,0 +1,124 @@
+//! The loader thread: fetches rows that are not in memory, for shards that wait and for hints.
+//! Must never put a row into a cache that a checkpoint may have overtaken while it was being read.
+
+use std::{io, sync::Arc, thread::JoinHandle};
+
+use crossbeam_channel::{Receiver, Sender, TrySendError};
+use rocksdb::DB;
+use stentor_engine::{key::RowKey, limits, rows::Row};
+use tokio::sync::mpsc;
+
+use crate::{apply::Job, shard::ShardCore};
+
+/// Rows to fetch.
+pub(crate) struct LoadRequest {
+    pub(crate) core: Arc<ShardCore>,
+    pub(crate) keys: Vec<RowKey>,
+    /// The shard is parked and waits.
+    pub(crate) resume: bool,
+}
+
+/// The loader's entrance; cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Loader {
+    urgent: Sender<Option<LoadRequest>>,
+    hints: Sender<LoadRequest>,
+}
+
+impl Loader {
+    /// Starts the thread; it answers parked shards through `apply`.
+    pub(crate) fn start(db: Arc<DB>, apply: mpsc::WeakSender<Job>) -> io::Result<(Self, JoinHandle<()>)> {
+        // Never more than one request per open shard: a parked shard asks once.
+        let (urgent, urgent_rx) = crossbeam_channel::unbounded();
+        let (hints, hints_rx) = crossbeam_channel::bounded(limits::LOAD_QUEUE_HINTS);
+        let thread = LoadThread { db, apply };
+        let handle =
+            std::thread::Builder::new().name("load".into()).spawn(move || thread.run(&urgent_rx, &hints_rx))?;
+        Ok((Self { urgent, hints }, handle))
+    }
+
+    /// Never blocks: the apply thread calls it.
+    pub(crate) fn load(&self, request: LoadRequest) {
+        if self.urgent.send(Some(request)).is_err() {
+            // Only a store that is closing has no loader; then nobody waits for the shard either.
+            tracing::debug!("the loader is gone");
+        }
+    }
+
+    /// Ends the thread after what is queued.
+    pub(crate) fn close(&self) {
+        // Closed twice is closed.
+        let _ = self.urgent.send(None);
+    }
+
+    /// Loads if there is room for it.
+    pub(crate) fn hint(&self, request: LoadRequest) {
+        if let Err(TrySendError::Full(_)) = self.hints.try_send(request) {
+            tracing::trace!("a prefetch hint was dropped");
+        }
+    }
+}
+
+struct LoadThread {
+    db: Arc<DB>,
+    apply: mpsc::WeakSender<Job>,
+}
+
+impl LoadThread {
+    fn run(&self, urgent: &Receiver<Option<LoadRequest>>, hints: &Receiver<LoadRequest>) {
+        loop {
+            let request = match urgent.try_recv() {
+                Ok(request) => request,
+                Err(_) => crossbeam_channel::select! {
+                    recv(urgent) -> request => request.unwrap_or(None),
+                    recv(hints) -> request => request.ok(),
+                },
+            };
+            let Some(request) = request else { return };
+            self.load(&request);
+            if request.resume {
+                let Some(apply) = self.apply.upgrade() else { return };
+                if apply.blocking_send(Job::Loaded(request.core.shard)).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn load(&self, request: &LoadRequest) {
+        let core = &request.core;
+        loop {
+            let generation = core.state.lock().cache.generation();
+            let read = self.read(&request.keys);
+            let mut state = core.state.lock();
+            match read {
+                Ok(rows) => {
+                    // A checkpoint came between: what was read may be older than what it wrote.
+                    if rows.into_iter().all(|(key, row)| state.cache.loaded(key, row, generation)) {
+                        if !request.resume {
+                            state.cache.trim();
+                        }
+                        return;
+                    }
+                }
+                Err(what) => {
+                    state.stopped.get_or_insert(what);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn read(&self, keys: &[RowKey]) -> Result<Vec<(RowKey, Option<Row>)>, String> {
+        let values = self.db.multi_get(keys.iter().map(RowKey::as_bytes));
+        keys.iter()
+            .zip(values)
+            .map(|(key, value)| {
+                let bad = |what: String| format!("row {key:?}: {what}");
+                let value = value.map_err(|e| bad(e.to_string()))?;
+                let row = value.map(|value| Row::decode(key.as_bytes(), &value)).transpose();
+                Ok((key.clone(), row.map_err(|e| bad(e.to_string()))?))
+            })
+            .collect()
+    }
+}

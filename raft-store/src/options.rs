@@ -1,0 +1,97 @@
+//! Every RocksDB option with its reason, in one table per instance (docs/storage.md, "RocksDB").
+//! Must never relax what the recovery of an acknowledged entry leans on.
+
+use rocksdb::{
+    BlockBasedOptions, Cache, DBCompressionType, DBRecoveryMode, LogLevel, Options, ReadOptions, WriteOptions,
+};
+
+/// Of the state instance; reads of history come from here.
+const BLOCK_CACHE_BYTES: usize = 64 << 20;
+/// Of the log instance; only a lagging follower or a restart reads from disk.
+const LOG_BLOCK_CACHE_BYTES: usize = 8 << 20;
+
+fn both() -> Options {
+    let mut options = Options::default();
+    // A bad block stops the instance at once instead of answering "not found".
+    options.set_paranoid_checks(true);
+    // RocksDB's own LOG files: errors only, few and small, so that they never fill a disk.
+    options.set_log_level(LogLevel::Warn);
+    options.set_keep_log_file_num(4);
+    options.set_max_log_file_size(4 << 20);
+    // Two instances share one machine with everything else.
+    options.set_max_background_jobs(2);
+    // 20,000 descriptors a process is the hard limit on small machines; sockets come first.
+    options.set_max_open_files(512);
+    options
+}
+
+/// The log instance: entries, votes, truncations, purges; fsynced by the WAL thread.
+pub(crate) fn log(create: bool) -> Options {
+    let mut options = both();
+    options.create_if_missing(create);
+    // A torn last record is what a power cut leaves; anything else is damage. The side file tells the two apart where
+    // RocksDB cannot (a flipped length in the last block).
+    options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+    // Recycled files would hold old records behind the tail; the recovery mode above forbids them.
+    options.set_recycle_log_file_num(0);
+    // A WAL file that went missing or shrank is found at open.
+    options.set_track_and_verify_wals_in_manifest(true);
+    // Entries are purged soon: most die in the memtable or in level 0.
+    options.set_write_buffer_size(32 << 20);
+    options.set_max_write_buffer_number(4);
+    options.set_max_total_wal_size(256 << 20);
+    // Written once, read rarely: compressing would cost more than it saves.
+    options.set_compression_type(DBCompressionType::None);
+    options.set_block_based_table_factory(&table(LOG_BLOCK_CACHE_BYTES));
+    options
+}
+
+/// The state instance: rows and blocks, written at checkpoints, made durable by explicit flushes.
+pub(crate) fn state(create: bool) -> Options {
+    let mut options = both();
+    options.create_if_missing(create);
+    // One family today. Without WAL, a second one would be torn from it by a memtable flush of one alone.
+    options.set_atomic_flush(true);
+    // A broker may hold 256 MiB of undurable log; a checkpoint should not wait for a memtable.
+    options.set_write_buffer_size(64 << 20);
+    options.set_max_write_buffer_number(4);
+    options.set_compression_type(DBCompressionType::Lz4);
+    let mut table = table(BLOCK_CACHE_BYTES);
+    // Most loads ask for rows that do not exist yet: a device's first send, a new participant.
+    table.set_bloom_filter(10.0, false);
+    table.set_whole_key_filtering(true);
+    options.set_block_based_table_factory(&table);
+    options
+}
+
+fn table(cache_bytes: usize) -> BlockBasedOptions {
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(&Cache::new_lru_cache(cache_bytes));
+    // Indexes and filters are counted in the bound instead of growing beside it.
+    table.set_cache_index_and_filter_blocks(true);
+    table.set_pin_l0_filter_and_index_blocks_in_cache(true);
+    table
+}
+
+/// Every batch of the WAL thread is one fsync.
+pub(crate) fn synced() -> WriteOptions {
+    let mut options = WriteOptions::default();
+    options.set_sync(true);
+    options
+}
+
+/// Checkpoints have no WAL: a flush makes them durable, the log makes them repeatable.
+pub(crate) fn without_wal() -> WriteOptions {
+    let mut options = WriteOptions::default();
+    options.disable_wal(true);
+    options
+}
+
+/// A read of a key range.
+pub(crate) fn range(from: Vec<u8>, end: Vec<u8>) -> ReadOptions {
+    let mut options = ReadOptions::default();
+    options.set_iterate_lower_bound(from);
+    options.set_iterate_upper_bound(end);
+    options.set_verify_checksums(true);
+    options
+}

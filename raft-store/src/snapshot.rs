@@ -1,0 +1,313 @@
+//! A snapshot between brokers: a shard's rows as a stream of checked chunks, and the staging of what arrives.
+//! Must never hand over, or stage, a row whose checksum does not match.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    ops::Range,
+    path::Path,
+    sync::Arc,
+};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use rocksdb::DB;
+use stentor_engine::{
+    key::{Kind, Parts, RowKey},
+    limits,
+    rows::Row,
+};
+use stentor_proto::{
+    ids::{ShardId, key_crc},
+    internal::AppliedRow,
+    record,
+};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    blocks::Block,
+    options,
+    reader::ReadError,
+    shard::{self, ShardCore},
+    store::StoreError,
+    types::SnapshotMeta,
+    wire,
+};
+
+/// Whole rows: `[u32 LE key_len][u32 LE value_len][key][value]…`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RowChunk {
+    /// The rows.
+    pub rows: Bytes,
+    /// CRC32 of `rows`.
+    pub crc: u32,
+    /// Whether it is the last one.
+    pub last: bool,
+    /// Rows so far, this chunk's included.
+    pub row_count: u64,
+}
+
+/// openraft's `SnapshotData`: rows to send, or rows received and staged.
+pub struct SnapshotRows {
+    applied: AppliedRow,
+    pub(crate) source: Source,
+}
+
+pub(crate) enum Source {
+    /// A thread holds the RocksDB snapshot and reads on demand; it ends when this is dropped.
+    Stored { begin: Option<oneshot::Sender<()>>, chunks: mpsc::Receiver<Result<RowChunk, ReadError>> },
+    /// Verified and synced in a file of ours.
+    Staged(Staged),
+}
+
+/// Rows that wait to be installed.
+#[derive(Debug, Clone)]
+pub(crate) struct Staged {
+    pub(crate) bytes: u64,
+    pub(crate) crc: u32,
+    pub(crate) row_count: u64,
+}
+
+impl SnapshotRows {
+    /// The shard's rows as of its last written checkpoint; `None` when there is none.
+    pub(crate) async fn open(core: &Arc<ShardCore>, db: &Arc<DB>) -> io::Result<Option<Self>> {
+        let (head, head_rx) = oneshot::channel();
+        let (begin, begin_rx) = oneshot::channel();
+        let (chunks, chunks_rx) = mpsc::channel(2);
+        let (db, shard, slots) = (db.clone(), core.shard, core.slots.clone());
+        std::thread::Builder::new().name("snapshot".into()).spawn(move || {
+            let snapshot = db.snapshot();
+            let key = RowKey::applied(shard);
+            let row = match snapshot.get_pinned(key.as_bytes()) {
+                Ok(value) => value.map(|value| shard::decode_applied(&key, &value)).transpose(),
+                Err(error) => Err(error.to_string()),
+            };
+            let none = !matches!(row, Ok(Some(_)));
+            // Nobody waits, or nobody wants the rows: done.
+            if head.send(row).is_err() || none || begin_rx.blocking_recv().is_err() {
+                return;
+            }
+            let iter = snapshot.raw_iterator_opt(stored_range(&slots));
+            if let Err(error) = send_rows(iter, &chunks) {
+                // Whoever received may be gone.
+                let _ = chunks.blocking_send(Err(error));
+            }
+        })?;
+        let row = head_rx.await.map_err(io::Error::other)?;
+        let row = row.map_err(|what| io::Error::new(io::ErrorKind::InvalidData, what))?;
+        Ok(row.map(|applied| Self { applied, source: Source::Stored { begin: Some(begin), chunks: chunks_rx } }))
+    }
+
+    /// What the snapshot says about itself, as it travels in `SnapshotHead`.
+    pub fn applied(&self) -> &AppliedRow {
+        &self.applied
+    }
+
+    /// The same as openraft wants it.
+    pub(crate) fn meta(&self) -> io::Result<SnapshotMeta> {
+        wire::snapshot_meta(&self.applied).map_err(io::Error::other)
+    }
+
+    /// The next chunk to send; `None` after the last. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`ReadError::Damaged`] when a stored row does not match its checksum; [`ReadError::Stopped`] for a snapshot
+    /// that was received rather than stored.
+    pub async fn next_chunk(&mut self) -> Result<Option<RowChunk>, ReadError> {
+        match &mut self.source {
+            Source::Stored { begin, chunks } => {
+                if let Some(begin) = begin.take() {
+                    begin.send(()).map_err(|()| ReadError::Stopped)?;
+                }
+                chunks.recv().await.transpose()
+            }
+            Source::Staged(_) => Err(ReadError::Stopped),
+        }
+    }
+}
+
+fn stored_range(slots: &Range<u16>) -> rocksdb::ReadOptions {
+    let (from, end) = shard::key_range(slots);
+    let mut range = options::range(from, end);
+    // A whole shard passes through once: it must not push everything else out of the cache.
+    range.fill_cache(false);
+    range
+}
+
+type RawIter<'a> = rocksdb::DBRawIteratorWithThreadMode<'a, DB>;
+
+fn send_rows(mut iter: RawIter<'_>, chunks: &mpsc::Sender<Result<RowChunk, ReadError>>) -> Result<(), ReadError> {
+    let mut rows = BytesMut::new();
+    let mut row_count = 0;
+    let chunk = |rows: &mut BytesMut, row_count, last| {
+        let rows = rows.split().freeze();
+        let crc = crc32fast::hash(&rows);
+        chunks.blocking_send(Ok(RowChunk { rows, crc, last, row_count })).map_err(|_| ReadError::Stopped)
+    };
+    iter.seek_to_first();
+    while let Some((key, value)) = iter.item() {
+        check_row(key, value).map_err(ReadError::Damaged)?;
+        rows.put_u32_le(key.len() as u32);
+        rows.put_u32_le(value.len() as u32);
+        rows.put_slice(key);
+        rows.put_slice(value);
+        row_count += 1;
+        if rows.len() >= limits::SNAPSHOT_CHUNK_BYTES {
+            chunk(&mut rows, row_count, false)?;
+        }
+        iter.next();
+    }
+    iter.status().map_err(|e| ReadError::Io(e.to_string()))?;
+    chunk(&mut rows, row_count, true)
+}
+
+/// Whether a stored row, or a block with all its records, is what was written.
+pub(crate) fn check_row(key: &[u8], value: &[u8]) -> Result<(), String> {
+    let parts = Parts::of(key).ok_or_else(|| format!("row {} is under no key of ours", key.escape_ascii()))?;
+    if parts.kind != Kind::Block {
+        return Row::decode(key, value).map(drop).map_err(|e| format!("row {}: {e}", key.escape_ascii()));
+    }
+    let block = Block::parse(key, value)?;
+    let crc = key_crc(parts.app, parts.id);
+    for seq in block.first()..block.next() {
+        let event = block.record(seq).ok_or("block lacks a record")?;
+        record::verify(&event, crc).map_err(|e| format!("event {seq} of {}: {e}", key.escape_ascii()))?;
+    }
+    Ok(())
+}
+
+/// The rows of a chunk. Bytes from a peer or a staged file: every length is checked.
+pub(crate) fn rows_of(mut chunk: &[u8]) -> impl Iterator<Item = Result<(&[u8], &[u8]), String>> {
+    std::iter::from_fn(move || {
+        if chunk.is_empty() {
+            return None;
+        }
+        if chunk.len() < 8 {
+            chunk = &[];
+            return Some(Err("rows are cut short".into()));
+        }
+        let (key_len, value_len) = (chunk.get_u32_le() as usize, chunk.get_u32_le() as usize);
+        let row = chunk
+            .split_at_checked(key_len)
+            .and_then(|(key, rest)| rest.split_at_checked(value_len).map(|(value, rest)| (key, value, rest)));
+        match row {
+            Some((key, value, rest)) => {
+                chunk = rest;
+                Some(Ok((key, value)))
+            }
+            None => {
+                chunk = &[];
+                Some(Err("a row is longer than its chunk".into()))
+            }
+        }
+    })
+}
+
+/// Takes a snapshot's chunks from a peer and stages them on disk.
+pub struct SnapshotReceiver {
+    staging: Staging,
+    applied: AppliedRow,
+    done: bool,
+}
+
+/// The file under way; moves to a blocking thread and back.
+struct Staging {
+    shard: ShardId,
+    slots: Range<u16>,
+    file: Option<File>,
+    staged: Staged,
+    crc: crc32fast::Hasher,
+    /// Keys must ascend: a peer that repeats or reorders rows is refused.
+    last_key: Vec<u8>,
+}
+
+impl SnapshotReceiver {
+    pub(crate) fn create(core: &ShardCore, path: &Path, applied: AppliedRow) -> io::Result<Self> {
+        let file = Some(File::create(path)?);
+        let staged = Staged { bytes: 0, crc: 0, row_count: 0 };
+        let crc = crc32fast::Hasher::new();
+        let (shard, slots) = (core.shard, core.slots.clone());
+        Ok(Self { staging: Staging { shard, slots, file, staged, crc, last_key: Vec::new() }, applied, done: false })
+    }
+
+    /// Verifies and stages one chunk. Refused: the stream must be abandoned.
+    pub async fn push(&mut self, chunk: RowChunk) -> Result<(), StoreError> {
+        let shard = self.staging.shard;
+        let damaged = |what: String| StoreError::Damaged { shard, what };
+        if self.done {
+            return Err(damaged("a chunk came after the last one".into()));
+        }
+        let last = chunk.last;
+        // The file and its hash go along and come back: no lock, and no blocking write on this thread.
+        let mut staging = self.staging.take();
+        let work = move || staging.push(&chunk).map(|()| staging);
+        let back = tokio::task::spawn_blocking(work).await.map_err(|_| StoreError::Closed)?;
+        self.staging = back.map_err(damaged)?;
+        self.done = last;
+        Ok(())
+    }
+
+    /// After the last chunk: what to give to `Raft::install_full_snapshot`.
+    pub async fn finish(self) -> Result<SnapshotRows, StoreError> {
+        let shard = self.staging.shard;
+        let damaged = |what: String| StoreError::Damaged { shard, what };
+        if !self.done {
+            return Err(damaged("the snapshot ended before its last chunk".into()));
+        }
+        let staging = self.staging;
+        let work = move || staging.finish();
+        let staged = tokio::task::spawn_blocking(work).await.map_err(|_| StoreError::Closed)?;
+        Ok(SnapshotRows { applied: self.applied, source: Source::Staged(staged.map_err(damaged)?) })
+    }
+
+    /// What to tell openraft about this snapshot, besides its rows.
+    pub fn meta(&self) -> Result<SnapshotMeta, StoreError> {
+        let shard = self.staging.shard;
+        wire::snapshot_meta(&self.applied).map_err(|e| StoreError::Damaged { shard, what: e.to_string() })
+    }
+}
+
+impl Staging {
+    fn take(&mut self) -> Self {
+        Self {
+            shard: self.shard,
+            slots: self.slots.clone(),
+            file: self.file.take(),
+            staged: self.staged.clone(),
+            crc: self.crc.clone(),
+            last_key: std::mem::take(&mut self.last_key),
+        }
+    }
+
+    fn push(&mut self, chunk: &RowChunk) -> Result<(), String> {
+        if chunk.rows.len() > limits::SNAPSHOT_MAX_CHUNK_BYTES {
+            return Err("a chunk is longer than any may be".into());
+        }
+        if crc32fast::hash(&chunk.rows) != chunk.crc {
+            return Err("a chunk does not match its checksum".into());
+        }
+        let (from, end) = shard::key_range(&self.slots);
+        for row in rows_of(&chunk.rows) {
+            let (key, value) = row?;
+            if key < from.as_slice() || key >= end.as_slice() || key <= self.last_key.as_slice() {
+                return Err("a row lies outside of the shard, or out of order".into());
+            }
+            check_row(key, value)?;
+            self.last_key.clear();
+            self.last_key.extend_from_slice(key);
+            self.staged.row_count += 1;
+        }
+        if self.staged.row_count != chunk.row_count {
+            return Err(format!("{} rows came, {} were announced", self.staged.row_count, chunk.row_count));
+        }
+        self.crc.update(&chunk.rows);
+        self.staged.bytes += chunk.rows.len() as u64;
+        let file = self.file.as_mut().ok_or("an earlier chunk of this snapshot was refused")?;
+        file.write_all(&chunk.rows).map_err(|e| format!("staging a snapshot: {e}"))
+    }
+
+    fn finish(self) -> Result<Staged, String> {
+        let file = self.file.ok_or("an earlier chunk of this snapshot was refused")?;
+        file.sync_all().map_err(|e| format!("staging a snapshot: {e}"))?;
+        Ok(Staged { crc: self.crc.finalize(), ..self.staged })
+    }
+}
