@@ -1,1 +1,30 @@
-//! placeholder
+//! The broker: hosts replicas of shards, carries commands into their logs and events out of them. Must never
+//! acknowledge what a quorum has not fsynced and this leader has not applied.
+
+#![forbid(unsafe_code)]
+
+mod api;
+mod batcher;
+mod calls;
+mod clocks;
+mod config;
+mod effects;
+mod gateway_service;
+mod host;
+mod interest;
+mod meta;
+mod metrics;
+mod network;
+mod node;
+mod outbox;
+mod queue;
+mod raft;
+mod reads;
+mod router;
+mod shard;
+mod start;
+pub mod status;
+mod upkeep;
+
+pub use config::{AppConfig, Bootstrap, BrokerConfig, ConfigError, KeyConfig, PeerConfig, StoreTuning};
+pub use start::{Addresses, Broker, ReadyError, StartError, start};

@@ -1,0 +1,356 @@
+//! One shard's way in: commands become bundles, bundles become entries, answers go back in order. Must never propose
+//! under a stamp or a term that is not this leader's, and never hold more than its bounds.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use futures_util::{StreamExt, stream::FuturesOrdered};
+use openraft::{
+    errors::{ClientWriteError, ForwardReason, ForwardToLeader},
+    impls::ProgressResponder,
+    raft::ClientWriteResult,
+};
+use stentor_engine::{
+    apply::LEVEL,
+    batch::{Admit, Batch, BatchRules, Close},
+    effect::Outcome,
+    limits,
+    stamp::StampClock,
+};
+use stentor_proto::{
+    Bytes,
+    bundle::Builder,
+    ids::{BrokerId, StampMs},
+    internal::{NotLeader, Proposed, broker_frame::Frame, proposed},
+    reason::Reason,
+};
+use stentor_raft_store::{
+    ShardReader, Store,
+    types::{BundleBytes, TypeConfig},
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    clocks::{Clocks, wall_ms},
+    interest::Attached,
+    metrics::Metrics,
+    raft::Raft,
+    shard::Leadership,
+};
+
+/// Why a command has no outcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NotProposed {
+    /// This replica does not lead: nothing was proposed.
+    NotLeader {
+        /// Who does, if known.
+        leader: Option<BrokerId>,
+        /// The same broker may lead again shortly.
+        retry_here: bool,
+    },
+    /// Its entry may or may not have been committed.
+    Unknown {
+        /// Who leads now, if known.
+        leader: Option<BrokerId>,
+    },
+    /// Too much waits: nothing was proposed.
+    Overloaded,
+}
+
+/// What came of a command.
+pub(crate) type Answer = Result<Outcome, NotProposed>;
+
+/// Who waits for it.
+pub(crate) enum Reply {
+    /// A call of this broker.
+    Once(oneshot::Sender<Answer>),
+    /// A proposal that came on a stream.
+    Stream {
+        /// The stream.
+        stream: Arc<Attached>,
+        /// The proposal's id there.
+        id: u64,
+        /// Told to callers whose placement may be older.
+        placement_version: u64,
+    },
+}
+
+impl Reply {
+    /// Hands the answer over.
+    pub(crate) fn answer(self, answer: Answer) {
+        match self {
+            Self::Once(sender) => drop(sender.send(answer)),
+            Self::Stream { stream, id, placement_version } => {
+                let result = match answer {
+                    Ok(outcome) => proposed::Result::Outcome(outcome.to_proto()),
+                    Err(NotProposed::Overloaded) => proposed::Result::Refusal(Reason::Overloaded.refusal()),
+                    Err(NotProposed::NotLeader { leader, retry_here }) => {
+                        proposed::Result::NotLeader(not_leader(leader, retry_here, placement_version))
+                    }
+                    Err(NotProposed::Unknown { leader }) => {
+                        let elsewhere = not_leader(leader, false, placement_version);
+                        proposed::Result::NotLeader(NotLeader { unknown: true, ..elsewhere })
+                    }
+                };
+                stream.answer(Frame::Proposed(Proposed { id, result: Some(result) }), 32);
+            }
+        }
+    }
+}
+
+/// As it travels.
+pub(crate) fn not_leader(leader: Option<BrokerId>, retry_here: bool, placement_version: u64) -> NotLeader {
+    NotLeader { leader: leader.map_or(0, |l| l.0), retry_here, placement_version, unknown: false }
+}
+
+struct Waiting {
+    command: Bytes,
+    reply: Reply,
+}
+
+/// The end of a shard's batcher where commands are put in; cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Proposer {
+    sender: mpsc::Sender<Waiting>,
+    waiting_bytes: Arc<AtomicUsize>,
+    leadership: watch::Receiver<Leadership>,
+    store: Arc<Store>,
+    metrics: Arc<Metrics>,
+}
+
+impl Proposer {
+    /// Queues a command that was checked before. Commands of one caller are proposed in the order of the calls. The
+    /// reply is answered in any case.
+    pub(crate) fn propose(&self, command: Bytes, reply: Reply) {
+        let leadership = *self.leadership.borrow();
+        if !leadership.ready {
+            let leader = leadership.elsewhere();
+            return reply.answer(Err(NotProposed::NotLeader { leader, retry_here: leadership.leads }));
+        }
+        let bytes = command.len();
+        let waiting = self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let full = waiting > 0 && waiting + bytes > limits::BATCHER_BYTES;
+        let refused = if full || self.store.overloaded() {
+            Some(reply)
+        } else {
+            match self.sender.try_send(Waiting { command, reply }) {
+                Ok(()) => None,
+                Err(mpsc::error::TrySendError::Full(back) | mpsc::error::TrySendError::Closed(back)) => {
+                    Some(back.reply)
+                }
+            }
+        };
+        if let Some(reply) = refused {
+            self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            self.metrics.overloads.inc();
+            reply.answer(Err(NotProposed::Overloaded));
+        }
+    }
+
+    /// Proposes and waits for the outcome.
+    pub(crate) async fn call(&self, command: Bytes) -> Answer {
+        let (sender, receiver) = oneshot::channel();
+        self.propose(command, Reply::Once(sender));
+        receiver.await.unwrap_or(Err(NotProposed::Unknown { leader: None }))
+    }
+}
+
+/// What a batcher works with.
+pub(crate) struct Parts {
+    pub(crate) raft: Raft,
+    pub(crate) reader: ShardReader,
+    pub(crate) store: Arc<Store>,
+    pub(crate) clocks: Arc<Clocks>,
+    pub(crate) leadership: watch::Receiver<Leadership>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) own: BrokerId,
+}
+
+/// Starts a shard's batcher; it ends with `stop`.
+pub(crate) fn start(parts: Parts, stop: CancellationToken) -> Proposer {
+    let (sender, receiver) = mpsc::channel(limits::BATCHER_COMMANDS);
+    let waiting_bytes = Arc::new(AtomicUsize::new(0));
+    let proposer = Proposer {
+        sender,
+        waiting_bytes: waiting_bytes.clone(),
+        leadership: parts.leadership.clone(),
+        store: parts.store.clone(),
+        metrics: parts.metrics.clone(),
+    };
+    let batcher = Batcher {
+        parts,
+        receiver,
+        waiting_bytes,
+        rules: BatchRules::default(),
+        batch: Batch::default(),
+        builder: Builder::new(),
+        replies: Vec::new(),
+        held: None,
+        in_flight: FuturesOrdered::new(),
+        stamps: None,
+        origin: Instant::now(),
+    };
+    tokio::spawn(batcher.run(stop));
+    proposer
+}
+
+type Ending = std::pin::Pin<Box<dyn Future<Output = (Vec<Reply>, Option<ClientWriteResult<TypeConfig>>)> + Send>>;
+
+struct Batcher {
+    parts: Parts,
+    receiver: mpsc::Receiver<Waiting>,
+    waiting_bytes: Arc<AtomicUsize>,
+    rules: BatchRules,
+    batch: Batch,
+    builder: Builder,
+    replies: Vec<Reply>,
+    /// Did not fit into the open bundle; begins the next one.
+    held: Option<Waiting>,
+    in_flight: FuturesOrdered<Ending>,
+    /// The stamps of the term in which they began.
+    stamps: Option<(u64, StampClock)>,
+    origin: Instant,
+}
+
+impl Batcher {
+    async fn run(mut self, stop: CancellationToken) {
+        loop {
+            self.fill();
+            let room = self.in_flight.len() < limits::BUNDLES_IN_FLIGHT;
+            let mut deadline = None;
+            if room {
+                let decision = match self.held {
+                    Some(_) => Close::Now,
+                    None => self.batch.close(&self.rules, self.origin.elapsed(), self.in_flight.is_empty()),
+                };
+                match decision {
+                    Close::Now => {
+                        self.propose().await;
+                        continue;
+                    }
+                    Close::At(at) => deadline = Some(self.origin + at),
+                    Close::Empty => {}
+                }
+            }
+            tokio::select! {
+                biased;
+                Some((replies, result)) = self.in_flight.next(), if !self.in_flight.is_empty() => {
+                    answer(replies, result);
+                }
+                waiting = self.receiver.recv(), if self.held.is_none() => match waiting {
+                    Some(waiting) => self.admit(waiting),
+                    None => return,
+                },
+                () = tokio::time::sleep_until(deadline.unwrap_or(self.origin)), if deadline.is_some() => {}
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// Takes what waits already, as far as it fits.
+    fn fill(&mut self) {
+        if let Some(held) = self.held.take() {
+            self.admit(held);
+        }
+        while self.held.is_none() {
+            let Ok(waiting) = self.receiver.try_recv() else { return };
+            self.admit(waiting);
+        }
+    }
+
+    fn admit(&mut self, waiting: Waiting) {
+        let bytes = waiting.command.len();
+        match self.batch.admit(&self.rules, bytes) {
+            Admit::Join => {
+                self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
+                self.batch.joined(self.origin.elapsed(), bytes);
+                self.builder.push(&waiting.command);
+                self.parts.reader.prefetch(std::iter::once(&waiting.command));
+                self.replies.push(waiting.reply);
+            }
+            Admit::CloseFirst => self.held = Some(waiting),
+            Admit::TooLarge => {
+                self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
+                waiting.reply.answer(Ok(Outcome::refused(Reason::BodyTooLarge)));
+            }
+        }
+    }
+
+    async fn propose(&mut self) {
+        let builder = std::mem::take(&mut self.builder);
+        let replies = std::mem::take(&mut self.replies);
+        self.batch.closed();
+        let leadership = *self.parts.leadership.borrow();
+        let not_leader = NotProposed::NotLeader { leader: leadership.elsewhere(), retry_here: leadership.leads };
+        if !leadership.ready {
+            return refuse(replies, not_leader);
+        }
+        let stamp = self.stamp(leadership.term);
+        let metrics = &self.parts.metrics;
+        metrics.bundles.inc();
+        metrics.proposals.inc_by(replies.len() as u64);
+        metrics.commands_per_bundle.observe(replies.len() as f64);
+        let (responder, result) = ProgressResponder::complete_only();
+        let bundle = BundleBytes(builder.finish(LEVEL, stamp));
+        let write = self.parts.raft.write(bundle).responder(responder).with_leader(leadership.term);
+        if write.await.is_err() {
+            return refuse(replies, NotProposed::Unknown { leader: None });
+        }
+        self.in_flight.push_back(Box::pin(async move { (replies, result.await.ok()) }));
+    }
+
+    /// The stamp of the next entry.
+    fn stamp(&mut self, term: u64) -> StampMs {
+        let now = self.origin.elapsed();
+        let wall = wall_ms();
+        match &mut self.stamps {
+            Some((of, clock)) if *of == term => clock.stamp(now, wall),
+            _ => {
+                // The first entry of the term is applied, so everything before it is, and this is the log's last.
+                let last = self.parts.reader.last_stamp();
+                let peers = self.parts.raft.voter_ids().map(|id| id.broker).filter(|&b| b != self.parts.own);
+                let mut clocks = self.parts.clocks.of(peers, std::time::Instant::now());
+                clocks.push(wall);
+                let mut clock = StampClock::begin(last, &clocks, now);
+                let stamp = clock.stamp(now, wall);
+                self.stamps = Some((term, clock));
+                stamp
+            }
+        }
+    }
+}
+
+fn refuse(replies: Vec<Reply>, why: NotProposed) {
+    replies.into_iter().for_each(|reply| reply.answer(Err(why)));
+}
+
+fn answer(replies: Vec<Reply>, result: Option<ClientWriteResult<TypeConfig>>) {
+    let unknown = |leader| NotProposed::Unknown { leader };
+    match result {
+        Some(Ok(written)) => {
+            let mut outcomes = written.data.0.into_iter();
+            for reply in replies {
+                reply.answer(outcomes.next().ok_or(unknown(None)));
+            }
+        }
+        Some(Err(ClientWriteError::ForwardToLeader(forward))) => refuse(replies, forwarded(&forward)),
+        Some(Err(ClientWriteError::LogEntryDiscarded(forward))) => {
+            refuse(replies, unknown(forward.leader_id.map(|l| l.broker)));
+        }
+        Some(Err(_)) | None => refuse(replies, unknown(None)),
+    }
+}
+
+/// openraft says where to go; an expired lease names nobody and is no reason to go anywhere.
+pub(crate) fn forwarded(forward: &ForwardToLeader<TypeConfig>) -> NotProposed {
+    NotProposed::NotLeader {
+        leader: forward.leader_id.map(|l| l.broker),
+        retry_here: forward.reason == ForwardReason::LeaseExpired,
+    }
+}

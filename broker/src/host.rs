@@ -1,0 +1,149 @@
+//! Opens the replicas that the placement gives to this broker. Must never initialize a shard that has ever committed:
+//! an empty log in place of a lost one would vote history away.
+
+use std::{ops::Range, sync::Arc};
+
+use openraft::{RaftLogReader, storage::RaftLogStorage};
+use stentor_engine::command;
+use stentor_proto::{
+    ids::{META_SHARD, ReplicaId, ShardId},
+    internal::ShardPlacement,
+};
+use stentor_raft_store::StoreError;
+use thiserror::Error;
+use tokio::sync::watch;
+
+use crate::{
+    batcher,
+    effects::ShardEffects,
+    meta::MetaView,
+    network::client::Factory,
+    node::Node,
+    outbox,
+    raft::{self, Raft},
+    router,
+    shard::{HostedShard, Leadership, follow_leadership},
+};
+
+/// Why a replica cannot be opened; the broker cannot serve it.
+#[derive(Debug, Error)]
+pub(crate) enum HostError {
+    /// The store refuses.
+    #[error("shard {0}: {1}")]
+    Store(ShardId, StoreError),
+    /// Its log cannot be read.
+    #[error("shard {0}: {1}")]
+    Log(ShardId, std::io::Error),
+    /// openraft refuses to start.
+    #[error("shard {0}: {1}")]
+    Raft(ShardId, String),
+}
+
+/// Opens one replica and starts everything that belongs to it.
+pub(crate) async fn open(
+    node: &Arc<Node>,
+    shard: ShardId,
+    slots: Range<u16>,
+    own: ReplicaId,
+) -> Result<Arc<HostedShard>, HostError> {
+    let (effects, hints) = ShardEffects::new(shard);
+    node.hook.add(shard, effects.clone());
+    let mut parts = node.store.shard(shard, slots.clone()).await.map_err(|e| HostError::Store(shard, e))?;
+    let vote = parts.log.get_log_reader().await.read_vote().await.map_err(|e| HostError::Log(shard, e))?;
+    let voted_before = vote.is_some();
+    let silent = voted_before && node.within_first_lease();
+    let config = raft::config(shard, !silent).map_err(|e| HostError::Raft(shard, e.to_string()))?;
+    let factory = Factory { shard, own, links: node.links.clone() };
+    let raft = Raft::new(own, config, factory, parts.log, parts.machine)
+        .await
+        .map_err(|e| HostError::Raft(shard, e.to_string()))?;
+    if silent {
+        let (raft, left) = (raft.clone(), node.first_lease_left());
+        tokio::spawn(async move {
+            tokio::time::sleep(left).await;
+            raft.runtime_config().elect(true);
+        });
+    }
+    let (known, leadership) = watch::channel(Leadership::default());
+    let proposer = batcher::start(
+        batcher::Parts {
+            raft: raft.clone(),
+            reader: parts.reader.clone(),
+            store: node.store.clone(),
+            clocks: node.clocks.clone(),
+            leadership: leadership.clone(),
+            metrics: node.metrics.clone(),
+            own: node.broker,
+        },
+        node.stop.clone(),
+    );
+    let following = follow_leadership(raft.clone(), parts.reader.clone(), effects.clone(), known, node.stop.clone());
+    tokio::spawn(following);
+    let reader = parts.reader;
+    let hosted = HostedShard { shard, own, raft, reader, slots, voted_before, leadership, proposer, effects };
+    let hosted = Arc::new(hosted);
+    node.host(hosted.clone());
+    tokio::spawn(outbox::run(node.clone(), hosted.clone(), hints));
+    Ok(hosted)
+}
+
+/// Opens what the placement gives to this directory and is not open yet.
+pub(crate) async fn reconcile(node: &Arc<Node>, view: &MetaView, own: ReplicaId) -> Result<(), HostError> {
+    for placement in &view.placement.shards {
+        let shard = ShardId(placement.shard);
+        if shard == META_SHARD || !placement.replicas.contains(&own.to_u64()) {
+            continue;
+        }
+        let hosted = match node.hosted(shard) {
+            Some(hosted) => hosted,
+            None => {
+                let slots = placement.first_slot as u16..placement.end_slot as u16;
+                open(node, shard, slots, own).await?
+            }
+        };
+        initialize(&hosted, placement, own).await?;
+    }
+    Ok(())
+}
+
+/// Begins a new shard, if it is this replica's to begin.
+async fn initialize(hosted: &HostedShard, placement: &ShardPlacement, own: ReplicaId) -> Result<(), HostError> {
+    let first = placement.replicas.first() == Some(&own.to_u64());
+    if placement.initialized || !first {
+        return Ok(());
+    }
+    begin(hosted, placement.replicas.iter().map(|&id| ReplicaId::from_u64(id))).await
+}
+
+/// Gives an empty Raft group its first members. A group that has any log already is left alone.
+pub(crate) async fn begin(
+    hosted: &HostedShard,
+    voters: impl Iterator<Item = ReplicaId> + Send,
+) -> Result<(), HostError> {
+    let failed = |e: String| HostError::Raft(hosted.shard, e);
+    if hosted.raft.is_initialized().await.map_err(|e| failed(e.to_string()))? {
+        return Ok(());
+    }
+    let voters: std::collections::BTreeMap<_, _> = voters.map(|id| (id, openraft::EmptyNode {})).collect();
+    match hosted.raft.initialize(voters).await {
+        Ok(()) => Ok(()),
+        // Somebody's append came in between: it is initialized all the same.
+        Err(openraft::errors::RaftError::APIError(openraft::errors::InitializeError::NotAllowed(_))) => Ok(()),
+        Err(e) => Err(failed(e.to_string())),
+    }
+}
+
+/// Tells the meta shard of shards that have committed, so that nobody initializes them again.
+pub(crate) async fn mark_initialized(node: &Arc<Node>) {
+    let Some(view) = node.meta.view() else { return };
+    for placement in view.placement.shards.iter().filter(|p| !p.initialized) {
+        let shard = ShardId(placement.shard);
+        if node.hosted(shard).is_none_or(|hosted| !hosted.ready()) {
+            continue;
+        }
+        let mark = command::encode(&command::mark_initialized(shard.0));
+        if let Err(refusal) = router::propose(node, META_SHARD, mark, router::Retry::Always).await {
+            tracing::debug!(%shard, reason = refusal.reason, "cannot mark the shard as initialized yet");
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! Interest under a full stream, at the end of a leadership and of a stream. Must show that nothing is lost silently:
+//! each event comes as live or its head with a beat.
+
+use futures_util::{FutureExt, StreamExt};
+use hashbrown::HashSet;
+use stentor_proto::ids::Seq;
+
+use super::*;
+use crate::queue::Batches;
+
+fn event(conversation: &str, seq: u64, bytes: usize) -> Effect {
+    Effect::FanOut {
+        app: "app".into(),
+        conversation: Bytes::copy_from_slice(conversation.as_bytes()),
+        seq: Seq(seq),
+        record: vec![7; bytes].into(),
+    }
+}
+
+fn frames(batches: &mut Batches<BrokerFrame>) -> Vec<Frame> {
+    let mut all = Vec::new();
+    while let Some(Some(batch)) = batches.next().now_or_never() {
+        all.extend(batch.into_iter().filter_map(|f| f.frame));
+    }
+    all
+}
+
+#[test]
+fn only_the_interested_get_events_and_only_once() {
+    let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
+    let (one, two) = (Attached::new("one".into()), Attached::new("two".into()));
+    let (mut from_one, mut from_two) = (Batches::of(one.queue.clone()), Batches::of(two.queue.clone()));
+    interest.add(&one, "app", "a");
+    interest.add(&one, "app", "a");
+    interest.add(&two, "app", "b");
+    interest.fan_out(&[event("a", 1, 10), event("c", 1, 10), event("b", 4, 10)], &metrics);
+    assert!(matches!(&frames(&mut from_one)[..], [Frame::Live(live)] if live.conversation == "a" && live.shard == 3));
+    assert!(matches!(&frames(&mut from_two)[..], [Frame::Live(live)] if live.conversation == "b"));
+    interest.remove(&one, "app", "a");
+    interest.remove(&one, "app", "a");
+    interest.fan_out(&[event("a", 2, 10)], &metrics);
+    assert!(frames(&mut from_one).is_empty());
+    assert_eq!(interest.streams(), HashSet::from_iter([two.id]));
+}
+
+#[test]
+fn what_a_full_stream_drops_is_told_with_the_next_beat() {
+    let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
+    let stream = Attached::new("one".into());
+    let mut out = Batches::of(stream.queue.clone());
+    interest.add(&stream, "app", "a");
+    for seq in 1..=20 {
+        interest.fan_out(&[event("a", seq, 1024 * 1024)], &metrics);
+    }
+    assert!(metrics.live_dropped.get() > 0);
+    interest.beat(9, 700);
+    let seen = frames(&mut out);
+    let lives = seen.iter().filter(|f| matches!(f, Frame::Live(_))).count() as u64;
+    assert_eq!(lives + metrics.live_dropped.get(), 20);
+    let Some(Frame::Beat(beat)) = seen.last() else { panic!("{seen:?}") };
+    assert_eq!((beat.term, beat.lease_ms, beat.heads.len(), beat.heads[0].head), (9, 700, 1, 20));
+    interest.beat(9, 700);
+    assert!(matches!(&frames(&mut out)[..], [Frame::Beat(beat)] if beat.heads.is_empty()));
+}
+
+#[test]
+fn the_end_of_a_leadership_and_of_a_stream_leave_nothing_behind() {
+    let interest = ShardInterest::new(ShardId(3));
+    let (one, two) = (Attached::new("one".into()), Attached::new("two".into()));
+    let mut out = Batches::of(one.queue.clone());
+    interest.add(&one, "app", "a");
+    interest.add(&two, "app", "a");
+    interest.forget(&two);
+    assert_eq!(interest.streams(), HashSet::from_iter([one.id]));
+    interest.close(4);
+    assert!(matches!(&frames(&mut out)[..], [Frame::Beat(beat)] if beat.closing && beat.term == 4));
+    assert!(interest.streams().is_empty());
+    assert_eq!(one.interests.load(Ordering::Relaxed), 0);
+}

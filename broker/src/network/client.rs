@@ -1,0 +1,327 @@
+//! openraft's way to a peer's replica: many append requests in flight per shard, answered in order; votes and
+//! heartbeats on a lane of their own. Must never answer for a peer that did not: no answer is an error.
+
+use std::{collections::VecDeque, future::Future, sync::Arc, time::Duration};
+
+use futures_util::{Stream, StreamExt, stream};
+use openraft::{
+    EmptyNode, RPCTypes, RaftNetworkFactory, RaftNetworkV2,
+    base::{BoxFuture, BoxStream},
+    errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Timeout, Unreachable},
+    network::RPCOption,
+    raft::{
+        AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult, TransferLeaderRequest,
+        TransferLeaderResponse, VoteRequest, VoteResponse,
+    },
+};
+use stentor_engine::limits;
+use stentor_proto::{
+    ids::{ReplicaId, ShardId},
+    internal::peer_frame::Message,
+};
+use stentor_raft_store::{
+    SnapshotRows,
+    types::{RaftLogId, TypeConfig, Vote},
+};
+use tokio::{sync::mpsc, time::Instant};
+
+use super::{
+    Links,
+    codec::{self, BadMessage},
+    link::{Answer, Lane, Link, LinkError, Route},
+    snapshot,
+};
+
+type Error = RPCError<TypeConfig>;
+type AppendStream<'s> = BoxStream<'s, Result<StreamAppendResult<TypeConfig>, Error>>;
+
+/// How long an append may stay unanswered on a living stream. A slow disk takes seconds for an fsync; a dead peer is
+/// found by the stream's own keep-alive long before.
+const APPEND_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Makes the ways to the peers of one shard's replica.
+#[derive(Clone)]
+pub(crate) struct Factory {
+    pub(crate) shard: ShardId,
+    pub(crate) own: ReplicaId,
+    pub(crate) links: Arc<Links>,
+}
+
+impl Factory {
+    fn way(&self, target: ReplicaId, lane: Lane) -> Way {
+        Way { route: Route { shard: self.shard, from: self.own, to: target }, lane, links: self.links.clone() }
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for Factory {
+    type Network = Way;
+
+    async fn new_client(&mut self, target: ReplicaId, _node: &EmptyNode) -> Way {
+        self.way(target, Lane::Append)
+    }
+
+    async fn new_heartbeat_client(&mut self, target: ReplicaId, _node: &EmptyNode) -> Way {
+        self.way(target, Lane::Control)
+    }
+}
+
+/// From one replica to another.
+pub(crate) struct Way {
+    route: Route,
+    lane: Lane,
+    links: Arc<Links>,
+}
+
+impl Way {
+    fn link(&self, lane: Lane) -> Result<Arc<Link>, Error> {
+        let peer = self.route.to.broker;
+        self.links.link(peer, lane).ok_or_else(|| {
+            RPCError::Unreachable(Unreachable::from_string(format!("broker {peer} is not in this broker's config")))
+        })
+    }
+
+    async fn ask(&self, message: Message, action: RPCTypes, option: &RPCOption) -> Result<Message, Error> {
+        let link = self.link(Lane::Control)?;
+        let timeout = option.soft_ttl();
+        match tokio::time::timeout(timeout, link.ask(self.route, message)).await {
+            Ok(answer) => answer.map_err(rpc_error),
+            Err(_) => Err(self.timed_out(action, timeout)),
+        }
+    }
+
+    fn timed_out(&self, action: RPCTypes, timeout: Duration) -> Error {
+        RPCError::Timeout(Timeout { action, id: self.route.from, target: self.route.to, timeout })
+    }
+}
+
+fn rpc_error(error: LinkError) -> Error {
+    match error {
+        LinkError::Broken(_) => RPCError::Network(NetworkError::new(&error)),
+        // A peer that is away or refuses will do so again: back off.
+        LinkError::NotConnected(_) | LinkError::Refused(..) => RPCError::Unreachable(Unreachable::new(&error)),
+    }
+}
+
+fn bad(message: &BadMessage) -> Error {
+    RPCError::Unreachable(Unreachable::new(message))
+}
+
+impl RaftNetworkV2<TypeConfig> for Way {
+    type SnapshotData = SnapshotRows;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<TypeConfig>, Error> {
+        let mut answers = self.stream_append(stream::iter([rpc]), option).await?;
+        match answers.next().await {
+            // The stream cuts large requests, so what was acknowledged is said and not assumed.
+            Some(Ok(Ok(last))) => Ok(AppendEntriesResponse::PartialSuccess(last)),
+            Some(Ok(Err(e))) => Ok(AppendEntriesResponse::from(Err(e))),
+            Some(Err(e)) => Err(e),
+            None => Err(RPCError::Network(NetworkError::from_string("no answer"))),
+        }
+    }
+
+    fn stream_append<'s, S>(&'s mut self, input: S, option: RPCOption) -> BoxFuture<'s, Result<AppendStream<'s>, Error>>
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + Unpin + 'static,
+    {
+        let patience = match self.lane {
+            // openraft itself gives a heartbeat up after this time.
+            Lane::Control => option.hard_ttl(),
+            Lane::Append => APPEND_PATIENCE,
+        };
+        Box::pin(async move {
+            let session = Session::new(self, self.link(self.lane)?, input, patience);
+            let answers: AppendStream<'s> = Box::pin(stream::unfold(session, Session::next));
+            Ok(answers)
+        })
+    }
+
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, Error> {
+        match self.ask(Message::Vote(codec::encode_vote(&rpc)), RPCTypes::Vote, &option).await? {
+            Message::VoteResponse(response) => codec::decode_vote_response(&response).map_err(|e| bad(&e)),
+            _ => Err(bad(&BadMessage::Unexpected)),
+        }
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, Error> {
+        match self.ask(Message::PreVote(codec::encode_vote(&rpc)), RPCTypes::Vote, &option).await? {
+            Message::VoteResponse(response) => codec::decode_vote_response(&response).map_err(|e| bad(&e)),
+            _ => Err(bad(&BadMessage::Unexpected)),
+        }
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: openraft::alias::SnapshotOf<TypeConfig, SnapshotRows>,
+        cancel: impl Future<Output = ReplicationClosed> + Send + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let channel = self.links.channel(self.route.to.broker).ok_or_else(|| {
+            StreamingError::Unreachable(Unreachable::from_string("the peer is not in this broker's config"))
+        })?;
+        tokio::select! {
+            closed = cancel => Err(StreamingError::Closed(closed)),
+            sent = snapshot::send(channel, self.route, vote, snapshot.snapshot) => sent,
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        req: TransferLeaderRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<TypeConfig>, Error> {
+        let message = Message::Transfer(codec::encode_transfer(&req));
+        match self.ask(message, RPCTypes::TransferLeader, &option).await? {
+            Message::TransferResponse(response) => codec::decode_transfer_response(&response).map_err(|e| bad(&e)),
+            _ => Err(bad(&BadMessage::Unexpected)),
+        }
+    }
+}
+
+/// One request under way.
+struct InFlight {
+    id: u64,
+    prev: Option<RaftLogId>,
+    last: Option<RaftLogId>,
+    cut: bool,
+    bytes: usize,
+    sent: Instant,
+    answer: Option<Answer>,
+}
+
+/// One run of openraft's replication to one peer: requests go out as they come, answers are handed over in order.
+struct Session<'s, S> {
+    way: &'s Way,
+    link: Arc<Link>,
+    input: S,
+    input_ended: bool,
+    in_flight: VecDeque<InFlight>,
+    in_flight_bytes: usize,
+    sender: mpsc::UnboundedSender<(u64, Answer)>,
+    receiver: mpsc::UnboundedReceiver<(u64, Answer)>,
+    patience: Duration,
+    ended: bool,
+}
+
+impl<'s, S> Session<'s, S>
+where
+    S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + Unpin + 'static,
+{
+    fn new(way: &'s Way, link: Arc<Link>, input: S, patience: Duration) -> Self {
+        // Unbounded, yet bounded by what is in flight: one answer per request.
+        let (sender, receiver) = mpsc::unbounded_channel();
+        Self {
+            way,
+            link,
+            input,
+            input_ended: false,
+            in_flight: VecDeque::new(),
+            in_flight_bytes: 0,
+            sender,
+            receiver,
+            patience,
+            ended: false,
+        }
+    }
+
+    async fn next(mut self) -> Option<(Result<StreamAppendResult<TypeConfig>, Error>, Self)> {
+        if self.ended {
+            return None;
+        }
+        let step = self.step().await?;
+        self.ended = match &step {
+            Ok((Ok(_), cut)) => *cut,
+            _ => true,
+        };
+        Some((step.map(|(answer, _)| answer), self))
+    }
+
+    /// The next answer, and whether the stream must end after it.
+    async fn step(&mut self) -> Option<Result<(StreamAppendResult<TypeConfig>, bool), Error>> {
+        loop {
+            if self.in_flight.front().is_some_and(|front| front.answer.is_some()) {
+                return self.take_front();
+            }
+            if self.input_ended && self.in_flight.is_empty() {
+                return None;
+            }
+            let room = self.in_flight.len() < limits::APPENDS_IN_FLIGHT
+                && self.in_flight_bytes < limits::APPEND_BYTES_IN_FLIGHT
+                && !self.input_ended
+                // What follows a cut request would not fit behind it.
+                && !self.in_flight.back().is_some_and(|back| back.cut);
+            let deadline = self.in_flight.front().map(|front| front.sent + self.patience);
+            tokio::select! {
+                biased;
+                Some((id, answer)) = self.receiver.recv() => self.store(id, answer),
+                request = self.input.next(), if room => match request {
+                    Some(request) => if let Err(error) = self.send(&request).await {
+                        return Some(Err(rpc_error(error)));
+                    },
+                    None => self.input_ended = true,
+                },
+                () = sleep_until(deadline), if deadline.is_some() => {
+                    return Some(Err(self.way.timed_out(RPCTypes::AppendEntries, self.patience)));
+                }
+            }
+        }
+    }
+
+    async fn send(&mut self, request: &AppendEntriesRequest<TypeConfig>) -> Result<(), LinkError> {
+        let encoded = codec::encode_append(self.way.route.shard, request);
+        let (prev, last, cut, bytes) = (encoded.prev, encoded.last, encoded.cut, encoded.bytes);
+        let message = Message::Append(encoded.message);
+        let id = self.link.send(self.way.route, message, bytes, &self.sender).await?;
+        self.in_flight_bytes += bytes;
+        self.in_flight.push_back(InFlight { id, prev, last, cut, bytes, sent: Instant::now(), answer: None });
+        Ok(())
+    }
+
+    fn store(&mut self, id: u64, answer: Answer) {
+        if let Some(request) = self.in_flight.iter_mut().find(|request| request.id == id) {
+            request.answer = Some(answer);
+        }
+    }
+
+    fn take_front(&mut self) -> Option<Result<(StreamAppendResult<TypeConfig>, bool), Error>> {
+        let front = self.in_flight.pop_front()?;
+        self.in_flight_bytes -= front.bytes;
+        let answer = match front.answer? {
+            Ok(Message::AppendResponse(response)) => {
+                codec::decode_append_response(&response, front.prev, front.last).map_err(|e| bad(&e))
+            }
+            Ok(_) => Err(bad(&BadMessage::Unexpected)),
+            Err(error) => Err(rpc_error(error)),
+        };
+        Some(answer.map(|answer| {
+            let partial = answer.as_ref().is_ok_and(|matching| *matching != front.last);
+            (answer, front.cut || partial)
+        }))
+    }
+}
+
+impl<S> Drop for Session<'_, S> {
+    fn drop(&mut self) {
+        let ids: Vec<u64> = self.in_flight.iter().map(|request| request.id).collect();
+        self.link.forget(&ids);
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    if let Some(deadline) = deadline {
+        tokio::time::sleep_until(deadline).await;
+    }
+}

@@ -1,0 +1,73 @@
+//! Between brokers: one stream per peer and lane carries the Raft messages of all shards. Must never mix lanes: a
+//! heartbeat behind a large append would cost a leader its lease.
+
+pub(crate) mod client;
+pub(crate) mod codec;
+pub(crate) mod link;
+pub(crate) mod server;
+pub(crate) mod snapshot;
+
+use std::{net::SocketAddr, sync::Arc};
+
+use hashbrown::HashMap;
+use stentor_proto::ids::BrokerId;
+use stentor_transport::{
+    grpc::{self, Channel},
+    tls::{ClientTls, TlsError},
+};
+use tokio::task::JoinSet;
+
+use self::link::{Lane, Link};
+use crate::{clocks::Clocks, metrics::Metrics};
+
+struct Peer {
+    control: Arc<Link>,
+    append: Arc<Link>,
+    /// For calls and snapshots: a connection apart, so that a snapshot cannot delay a heartbeat.
+    bulk: Channel,
+}
+
+/// The outgoing streams to all peers.
+pub(crate) struct Links {
+    peers: HashMap<BrokerId, Peer>,
+}
+
+impl Links {
+    /// Starts a task per peer and lane; they end when `tasks` is dropped.
+    pub(crate) fn start(
+        own: BrokerId,
+        peers: impl Iterator<Item = (BrokerId, SocketAddr)>,
+        tls: &ClientTls,
+        clocks: &Arc<Clocks>,
+        metrics: &Arc<Metrics>,
+        tasks: &mut JoinSet<()>,
+        on_connect: impl Fn(BrokerId) + Clone + Send + 'static,
+    ) -> Result<Arc<Self>, TlsError> {
+        let mut all = HashMap::new();
+        for (broker, addr) in peers {
+            let (control, append) = (Link::new(broker), Link::new(broker));
+            for (lane, link) in [(Lane::Control, &control), (Lane::Append, &append)] {
+                // A connection per lane: streams of one HTTP/2 connection share its window and its TCP queue.
+                let channel = grpc::channel(addr, tls)?;
+                let (clocks, metrics) = (clocks.clone(), metrics.clone());
+                tasks.spawn(link::run(link.clone(), own, lane, channel, clocks, metrics, on_connect.clone()));
+            }
+            all.insert(broker, Peer { control, append, bulk: grpc::channel(addr, tls)? });
+        }
+        Ok(Arc::new(Self { peers: all }))
+    }
+
+    /// The stream to a peer; `None` for one that is not configured.
+    pub(crate) fn link(&self, peer: BrokerId, lane: Lane) -> Option<Arc<Link>> {
+        let peer = self.peers.get(&peer)?;
+        Some(match lane {
+            Lane::Control => peer.control.clone(),
+            Lane::Append => peer.append.clone(),
+        })
+    }
+
+    /// The connection for calls and snapshots.
+    pub(crate) fn channel(&self, peer: BrokerId) -> Option<Channel> {
+        self.peers.get(&peer).map(|peer| peer.bulk.clone())
+    }
+}

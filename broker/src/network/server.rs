@@ -1,0 +1,228 @@
+//! The incoming half between brokers: hands Raft messages to their shard's replica and answers. Must never reorder
+//! the appends of one shard, nor vote within one lease of the process's start for a shard that has voted before.
+
+use std::{pin::Pin, sync::Arc, time::Instant};
+
+use futures_util::{FutureExt, Stream, StreamExt, stream::FuturesUnordered};
+use stentor_engine::limits;
+use stentor_proto::{
+    ids::{BrokerId, ReplicaId, ShardId},
+    internal::{
+        IdentifyRequest, IdentifyResponse, PeerBatch, PeerError, PeerFrame, SnapshotAnswer, SnapshotChunk,
+        peer_frame::Message, peer_server::Peer,
+    },
+};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{
+    codec,
+    link::{Lane, batches},
+    snapshot,
+};
+use crate::{node::Node, queue::FrameQueue, shard::HostedShard};
+
+type Outgoing = Pin<Box<dyn Stream<Item = Result<PeerBatch, Status>> + Send>>;
+type Work = Pin<Box<dyn Future<Output = Message> + Send>>;
+
+/// The service of the peer port.
+pub(crate) struct PeerService {
+    pub(crate) node: Arc<Node>,
+}
+
+#[tonic::async_trait]
+impl Peer for PeerService {
+    type ControlStream = Outgoing;
+    type AppendStream = Outgoing;
+
+    async fn control(&self, request: Request<Streaming<PeerBatch>>) -> Result<Response<Outgoing>, Status> {
+        Ok(Response::new(serve(self.node.clone(), Lane::Control, request.into_inner())))
+    }
+
+    async fn append(&self, request: Request<Streaming<PeerBatch>>) -> Result<Response<Outgoing>, Status> {
+        Ok(Response::new(serve(self.node.clone(), Lane::Append, request.into_inner())))
+    }
+
+    async fn snapshot(&self, request: Request<Streaming<SnapshotChunk>>) -> Result<Response<SnapshotAnswer>, Status> {
+        let mut inbound = request.into_inner();
+        let announced = snapshot::announced(&mut inbound).await?;
+        let shard = self.node.hosted(announced.shard).filter(|shard| shard.own == announced.to);
+        let shard = shard.ok_or_else(|| Status::not_found("this broker has no such replica"))?;
+        let answer = snapshot::receive(&self.node.store, &shard.raft, announced, inbound).await?;
+        if answer.error.is_none() {
+            self.node.metrics.snapshots_received.inc();
+        }
+        Ok(Response::new(answer))
+    }
+
+    async fn identify(&self, request: Request<IdentifyRequest>) -> Result<Response<IdentifyResponse>, Status> {
+        let asked = request.into_inner();
+        let identity = self.node.store.identity();
+        let cluster_id = identity.as_ref().map(|i| i.cluster_id.clone()).unwrap_or_default();
+        if !asked.cluster_id.is_empty() && !cluster_id.is_empty() && asked.cluster_id != cluster_id {
+            tracing::warn!(broker = asked.broker, theirs = asked.cluster_id, ours = cluster_id, "another cluster asks");
+        }
+        Ok(Response::new(IdentifyResponse {
+            cluster_id,
+            broker: self.node.broker.0,
+            incarnation: identity.map_or(0, |i| i.incarnation.0),
+            bootstrapped: self.node.meta.view().is_some(),
+        }))
+    }
+}
+
+/// One task per incoming stream works for all shards.
+fn serve(node: Arc<Node>, lane: Lane, inbound: Streaming<PeerBatch>) -> Outgoing {
+    let queue = FrameQueue::new(limits::PEER_QUEUE_BYTES);
+    let own = node.broker;
+    tokio::spawn(work(node, inbound, queue.clone()));
+    Box::pin(batches(queue, lane, own).map(Ok))
+}
+
+async fn work(node: Arc<Node>, mut inbound: Streaming<PeerBatch>, queue: Arc<FrameQueue<PeerFrame>>) {
+    let mut in_flight = FuturesUnordered::new();
+    let stop = node.stop.clone();
+    loop {
+        tokio::select! {
+            biased;
+            Some(frame) = in_flight.next(), if !in_flight.is_empty() => {
+                if !queue.push(frame, limits::PEER_SMALL_FRAME_BYTES) {
+                    break;
+                }
+            }
+            () = stop.cancelled() => break,
+            batch = next_batch(&mut inbound, &queue), if in_flight.len() < limits::PEER_REQUESTS_IN_FLIGHT => match batch {
+                Ok(Some(batch)) => batch.frames.into_iter().for_each(|frame| {
+                    if let Some(ready) = begin(&node, frame, &mut in_flight) {
+                        queue.push(ready, limits::PEER_SMALL_FRAME_BYTES);
+                    }
+                }),
+                Ok(None) | Err(_) => break,
+            },
+        }
+    }
+    queue.close();
+}
+
+/// Cancel-safe: nothing is taken before there is room for answers.
+async fn next_batch(
+    inbound: &mut Streaming<PeerBatch>,
+    queue: &FrameQueue<PeerFrame>,
+) -> Result<Option<PeerBatch>, Status> {
+    queue.room().await;
+    inbound.message().await
+}
+
+/// Begins the work for one frame. Its future is polled here once, so that the requests of a shard reach its Raft in
+/// the order in which they came, whatever the order in which they end.
+fn begin<F: Extend<Answering>>(node: &Arc<Node>, frame: PeerFrame, in_flight: &mut F) -> Option<PeerFrame> {
+    let PeerFrame { id, shard, from, to, message } = frame;
+    let from_broker = ReplicaId::from_u64(from).broker;
+    let message = message?;
+    if let Message::Beat(beat) = message {
+        node.clocks.heard(from_broker, beat.wall_ms, Instant::now());
+        return None;
+    }
+    let answer = |message| PeerFrame { id, shard, from: to, to: from, message: Some(message) };
+    let hosted = node.hosted(ShardId(shard)).filter(|hosted| hosted.own.to_u64() == to);
+    let Some(hosted) = hosted else {
+        return Some(answer(error("NO_REPLICA", "this broker has no such replica")));
+    };
+    let mut work = match dispatch(node, hosted, message) {
+        Ok(work) => work,
+        Err(refusal) => return Some(answer(refusal)),
+    };
+    match (&mut work).now_or_never() {
+        Some(done) => Some(answer(done)),
+        None => {
+            in_flight.extend([Answering { work, frame: Some(answer(error("", ""))) }]);
+            None
+        }
+    }
+}
+
+/// Work under way, with the frame that will carry its answer.
+struct Answering {
+    work: Work,
+    frame: Option<PeerFrame>,
+}
+
+impl Future for Answering {
+    type Output = PeerFrame;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut std::task::Context<'_>) -> std::task::Poll<PeerFrame> {
+        self.work.as_mut().poll(context).map(|message| {
+            let frame = self.frame.take().unwrap_or_default();
+            PeerFrame { message: Some(message), ..frame }
+        })
+    }
+}
+
+fn error(reason: &str, message: impl Into<String>) -> Message {
+    Message::Error(PeerError { reason: reason.into(), message: message.into() })
+}
+
+fn dispatch(node: &Arc<Node>, hosted: Arc<HostedShard>, message: Message) -> Result<Work, Message> {
+    let bad = |e: codec::BadMessage| error("MALFORMED", e.to_string());
+    let silent = hosted.voted_before && node.within_first_lease();
+    let raft = hosted.raft.clone();
+    Ok(match message {
+        Message::Append(request) => {
+            let request = codec::decode_append(hosted.shard, request).map_err(bad)?;
+            Box::pin(async move {
+                match raft.append_entries(request).await {
+                    Ok(response) => Message::AppendResponse(codec::encode_append_response(&response)),
+                    Err(fatal) => error("STOPPED", fatal.to_string()),
+                }
+            })
+        }
+        Message::Vote(_) | Message::PreVote(_) | Message::Transfer(_) if silent => {
+            return Err(error("FIRST_LEASE", "this broker started less than one lease ago"));
+        }
+        Message::Vote(request) => {
+            let request = codec::decode_vote(&request).map_err(bad)?;
+            Box::pin(async move { vote_answer(raft.vote(request).await) })
+        }
+        Message::PreVote(request) => {
+            let request = codec::decode_vote(&request).map_err(bad)?;
+            Box::pin(async move { vote_answer(raft.pre_vote(request).await) })
+        }
+        Message::Transfer(request) => {
+            let request = codec::decode_transfer(&request).map_err(bad)?;
+            Box::pin(async move {
+                match raft.handle_transfer_leader(request).await {
+                    Ok(response) => Message::TransferResponse(codec::encode_transfer_response(&response)),
+                    Err(fatal) => error("STOPPED", fatal.to_string()),
+                }
+            })
+        }
+        _ => return Err(error("UNEXPECTED", "this is no request")),
+    })
+}
+
+type VoteResult = Result<
+    openraft::raft::VoteResponse<stentor_raft_store::types::TypeConfig>,
+    openraft::errors::RaftError<stentor_raft_store::types::TypeConfig>,
+>;
+
+fn vote_answer(result: VoteResult) -> Message {
+    match result {
+        Ok(response) => Message::VoteResponse(codec::encode_vote_response(&response)),
+        Err(fatal) => error("STOPPED", fatal.to_string()),
+    }
+}
+
+/// Who a peer says it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PeerIdentity {
+    pub(crate) broker: BrokerId,
+    pub(crate) cluster_id: String,
+    pub(crate) incarnation: u32,
+    pub(crate) bootstrapped: bool,
+}
+
+impl From<IdentifyResponse> for PeerIdentity {
+    fn from(response: IdentifyResponse) -> Self {
+        let IdentifyResponse { cluster_id, broker, incarnation, bootstrapped } = response;
+        Self { broker: BrokerId(broker), cluster_id, incarnation, bootstrapped }
+    }
+}

@@ -1,0 +1,110 @@
+//! What all parts of one broker share. Must never outlive the store: whatever holds a node ends when its `stop` does.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+use hashbrown::HashMap;
+use stentor_proto::ids::{BrokerId, ShardId};
+use stentor_raft_store::Store;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    clocks::Clocks, config::BrokerConfig, effects::Hook, meta::Meta, metrics::Metrics, network::Links, raft::LEASE,
+    router::Peers, shard::HostedShard,
+};
+
+/// One running broker.
+pub(crate) struct Node {
+    pub(crate) broker: BrokerId,
+    pub(crate) config: BrokerConfig,
+    pub(crate) store: Arc<Store>,
+    pub(crate) hook: Arc<Hook>,
+    pub(crate) clocks: Arc<Clocks>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) links: Arc<Links>,
+    pub(crate) peers: Peers,
+    pub(crate) meta: Meta,
+    pub(crate) stop: CancellationToken,
+    pub(crate) started: Instant,
+    pub(crate) failed: watch::Sender<Option<String>>,
+    hosted: ArcSwap<HashMap<ShardId, Arc<HostedShard>>>,
+}
+
+/// What [`Node::new`] takes: everything but what is made here.
+pub(crate) struct NodeParts {
+    pub(crate) config: BrokerConfig,
+    pub(crate) store: Arc<Store>,
+    pub(crate) hook: Arc<Hook>,
+    pub(crate) clocks: Arc<Clocks>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) links: Arc<Links>,
+    pub(crate) peers: Peers,
+    pub(crate) started: Instant,
+}
+
+impl Node {
+    pub(crate) fn new(parts: NodeParts) -> Arc<Self> {
+        let NodeParts { config, store, hook, clocks, metrics, links, peers, started } = parts;
+        Arc::new(Self {
+            broker: config.broker,
+            config,
+            store,
+            hook,
+            clocks,
+            metrics,
+            links,
+            peers,
+            meta: Meta::default(),
+            stop: CancellationToken::new(),
+            started,
+            failed: watch::Sender::new(None),
+            hosted: ArcSwap::default(),
+        })
+    }
+
+    /// The replica of a shard, if this broker has one.
+    pub(crate) fn hosted(&self, shard: ShardId) -> Option<Arc<HostedShard>> {
+        self.hosted.load().get(&shard).cloned()
+    }
+
+    /// All replicas, ascending by shard.
+    pub(crate) fn all_hosted(&self) -> Vec<Arc<HostedShard>> {
+        let mut all: Vec<_> = self.hosted.load().values().cloned().collect();
+        all.sort_unstable_by_key(|hosted| hosted.shard);
+        all
+    }
+
+    pub(crate) fn host(&self, shard: Arc<HostedShard>) {
+        self.hosted.rcu(|hosted| {
+            let mut hosted = HashMap::clone(hosted);
+            hosted.insert(shard.shard, shard.clone());
+            hosted
+        });
+        self.metrics.replicas.set(self.hosted.load().len() as i64);
+    }
+
+    /// How much of the first lease after the process's start is left.
+    pub(crate) fn first_lease_left(&self) -> Duration {
+        LEASE.saturating_sub(self.started.elapsed())
+    }
+
+    /// Whether the process started less than one lease ago.
+    pub(crate) fn within_first_lease(&self) -> bool {
+        !self.first_lease_left().is_zero()
+    }
+
+    /// The broker cannot go on: it says why, loudly, and stops taking part.
+    pub(crate) fn fail(&self, what: &str) {
+        tracing::error!(broker = %self.broker, what, "this broker stops");
+        self.failed.send_if_modified(|failed| {
+            let first = failed.is_none();
+            failed.get_or_insert_with(|| what.to_owned());
+            first
+        });
+        self.stop.cancel();
+    }
+}

@@ -1,0 +1,219 @@
+//! Carries this broker's own calls to whoever leads the shard, here or elsewhere. Must never propose twice what is not
+//! safe to propose twice: when the fate of such a call is unknown, the caller is told so.
+
+use std::{sync::Arc, time::Duration};
+
+use hashbrown::HashMap;
+use stentor_engine::{effect::Outcome, limits};
+use stentor_proto::{
+    Bytes,
+    ids::{BrokerId, ShardId},
+    internal::{
+        HeadsDone, LookupDone, NotLeader, Propose, ReadDone, broker_frame::Frame as In, gateway_frame::Frame as Out,
+        lookup_done, proposed, read_done,
+    },
+    reason::Reason,
+    v1::Refusal,
+};
+use tokio::time::Instant;
+
+use crate::{
+    batcher::NotProposed,
+    calls::{Calls, NoAnswer},
+    gateway_service::{self, Unfit, checked},
+    node::Node,
+};
+
+/// The calls to all other brokers.
+pub(crate) struct Peers(pub(crate) HashMap<BrokerId, Arc<Calls>>);
+
+/// Whether a command may be proposed again when nobody knows whether it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Retry {
+    /// It has a number or a key, or repeating it changes nothing.
+    Always,
+    /// Only when it was certainly not proposed.
+    OnlyUnsent,
+}
+
+/// The shortest and the longest pause between two attempts.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
+
+/// One call's search for a leader.
+struct Search<'a> {
+    node: &'a Node,
+    shard: ShardId,
+    hint: Option<BrokerId>,
+    attempt: usize,
+    pause: Duration,
+    deadline: Instant,
+}
+
+impl<'a> Search<'a> {
+    fn new(node: &'a Node, shard: ShardId) -> Self {
+        let deadline = Instant::now() + Duration::from_millis(limits::CALL_PATIENCE_MS);
+        Self { node, shard, hint: None, attempt: 0, pause: PAUSE.0, deadline }
+    }
+
+    /// Whom to ask now.
+    fn target(&mut self) -> Option<BrokerId> {
+        self.attempt += 1;
+        if let Some(hint) = self.hint.take() {
+            return Some(hint);
+        }
+        if let Some(hosted) = self.node.hosted(self.shard) {
+            let known = hosted.leadership();
+            if known.leads {
+                return Some(self.node.broker);
+            }
+            if let Some(leader) = known.elsewhere() {
+                return Some(leader);
+            }
+        }
+        let view = self.node.meta.view()?;
+        let replicas = view.slots.replicas(self.shard);
+        replicas.get(self.attempt % replicas.len().max(1)).map(|replica| replica.broker)
+    }
+
+    /// The target could not; perhaps it said who can. False when patience is at its end.
+    async fn next(&mut self, hint: Option<BrokerId>) -> bool {
+        // A hint is followed at once the first time; later two brokers may be naming each other.
+        self.hint = hint.filter(|_| self.attempt < 3);
+        if self.hint.is_none() {
+            tokio::time::sleep(self.pause.mul_f64(rand::random_range(0.5..1.0))).await;
+            self.pause = (self.pause * 2).min(PAUSE.1);
+        }
+        Instant::now() < self.deadline && !self.node.stop.is_cancelled()
+    }
+}
+
+/// Proposes a command to the shard's leader and waits for its outcome. A refusal of `apply` is an outcome here.
+pub(crate) async fn propose(node: &Node, shard: ShardId, command: Bytes, retry: Retry) -> Result<Outcome, Refusal> {
+    let mut search = Search::new(node, shard);
+    loop {
+        let hint = match attempt(node, search.target(), shard, &command).await? {
+            Ok(outcome) => return Ok(outcome),
+            Err(NotProposed::Overloaded) => return Err(Reason::Overloaded.refusal()),
+            Err(NotProposed::NotLeader { leader, .. }) => leader,
+            Err(NotProposed::Unknown { leader }) if retry == Retry::Always => leader,
+            Err(NotProposed::Unknown { .. }) => return Err(Reason::Unavailable.with(UNKNOWN)),
+        };
+        if !search.next(hint).await {
+            return Err(Reason::Unavailable.refusal());
+        }
+    }
+}
+
+const UNKNOWN: &str = "the leader was lost before it answered; the call may have succeeded";
+
+async fn attempt(
+    node: &Node,
+    target: Option<BrokerId>,
+    shard: ShardId,
+    command: &Bytes,
+) -> Result<Result<Outcome, NotProposed>, Refusal> {
+    let nobody = NotProposed::NotLeader { leader: None, retry_here: false };
+    let Some(target) = target else { return Ok(Err(nobody)) };
+    if target == node.broker {
+        return match checked(node, shard, command) {
+            Ok(hosted) => Ok(hosted.proposer.call(command.clone()).await),
+            Err(Unfit::NotHere) => Ok(Err(nobody)),
+            Err(Unfit::Refused(reason)) => Err(reason.refusal()),
+        };
+    }
+    let Some(calls) = node.peers.0.get(&target) else { return Ok(Err(nobody)) };
+    let placement_version = node.meta.view().map_or(0, |view| view.version());
+    let make = |id| Out::Propose(Propose { id, shard: shard.0, placement_version, command: command.clone() });
+    match calls.call(make).await {
+        Ok(In::Proposed(done)) => match done.result {
+            Some(proposed::Result::Outcome(outcome)) => Ok(Ok(Outcome::from_proto(&outcome))),
+            Some(proposed::Result::NotLeader(not)) if not.unknown => {
+                Ok(Err(NotProposed::Unknown { leader: named(&not) }))
+            }
+            Some(proposed::Result::NotLeader(not)) => {
+                Ok(Err(NotProposed::NotLeader { leader: named(&not), retry_here: not.retry_here }))
+            }
+            Some(proposed::Result::Refusal(refusal)) => Err(refusal),
+            None => Err(Reason::Internal.refusal()),
+        },
+        Ok(_) => Err(Reason::Internal.refusal()),
+        Err(NoAnswer::NotSent) => Ok(Err(nobody)),
+        Err(NoAnswer::Unknown) => Ok(Err(NotProposed::Unknown { leader: None })),
+    }
+}
+
+fn named(not: &NotLeader) -> Option<BrokerId> {
+    (not.leader != 0).then_some(BrokerId(not.leader))
+}
+
+/// Asks the shard's leader; reads may be asked as often as needed.
+async fn ask(node: &Node, shard: ShardId, make: impl Fn(u64) -> Out + Sync) -> Result<In, Refusal> {
+    let mut search = Search::new(node, shard);
+    loop {
+        let answer = match search.target() {
+            Some(target) if target == node.broker => Some(gateway_service::call(node, make(0)).await),
+            Some(target) => match node.peers.0.get(&target) {
+                Some(calls) => calls.call(&make).await.ok(),
+                None => None,
+            },
+            None => None,
+        };
+        let hint = match answer {
+            Some(answer) => match elsewhere(&answer) {
+                Some(not) => named(not),
+                None => return Ok(answer),
+            },
+            None => None,
+        };
+        if !search.next(hint).await {
+            return Err(Reason::Unavailable.refusal());
+        }
+    }
+}
+
+fn elsewhere(answer: &In) -> Option<&NotLeader> {
+    match answer {
+        In::Read(ReadDone { result: Some(read_done::Result::NotLeader(not)), .. }) => Some(not),
+        In::Heads(HeadsDone { not_leader: Some(not), .. }) => Some(not),
+        In::Lookup(LookupDone { result: Some(lookup_done::Result::NotLeader(not)), .. }) => Some(not),
+        _ => None,
+    }
+}
+
+/// One page.
+pub(crate) async fn read(
+    node: &Node,
+    read: stentor_proto::internal::Read,
+) -> Result<stentor_proto::v1::HistoryResponse, Refusal> {
+    match ask(node, ShardId(read.shard), |id| Out::Read(stentor_proto::internal::Read { id, ..read.clone() })).await? {
+        In::Read(ReadDone { result: Some(read_done::Result::Page(page)), .. }) => Ok(page),
+        In::Read(ReadDone { result: Some(read_done::Result::Refusal(refusal)), .. }) => Err(refusal),
+        _ => Err(Reason::Internal.refusal()),
+    }
+}
+
+/// Where streams begin.
+pub(crate) async fn heads(
+    node: &Node,
+    heads: stentor_proto::internal::Heads,
+) -> Result<Vec<stentor_proto::v1::ConversationState>, Refusal> {
+    let shard = ShardId(heads.shard);
+    match ask(node, shard, |id| Out::Heads(stentor_proto::internal::Heads { id, ..heads.clone() })).await? {
+        In::Heads(HeadsDone { refusal: Some(refusal), .. }) => Err(refusal),
+        In::Heads(done) => Ok(done.states),
+        _ => Err(Reason::Internal.refusal()),
+    }
+}
+
+/// Reads of a user's shard, or one conversation's description.
+pub(crate) async fn lookup(
+    node: &Node,
+    lookup: stentor_proto::internal::Lookup,
+) -> Result<lookup_done::Result, Refusal> {
+    let shard = ShardId(lookup.shard);
+    match ask(node, shard, |id| Out::Lookup(stentor_proto::internal::Lookup { id, ..lookup.clone() })).await? {
+        In::Lookup(LookupDone { result: Some(lookup_done::Result::Refusal(refusal)), .. }) => Err(refusal),
+        In::Lookup(LookupDone { result: Some(result), .. }) => Ok(result),
+        _ => Err(Reason::Internal.refusal()),
+    }
+}

@@ -1,0 +1,469 @@
+//! Starts and stops a broker. Must never open a replica from a directory whose place in the cluster is not certain: an
+//! empty directory under an old name would vote away what its predecessor had promised.
+
+use std::{
+    future::Future,
+    net::{SocketAddr, TcpListener},
+    sync::{Arc, OnceLock, Weak},
+    time::{Duration, Instant},
+};
+
+use hashbrown::HashMap;
+use openraft::{Instant as _, alias::SerdeInstantOf, async_runtime::WatchReceiver};
+use stentor_engine::limits;
+use stentor_proto::{
+    DESCRIPTORS,
+    ids::{BrokerId, META_SHARD, ReplicaId},
+    internal::{IdentifyRequest, broker_server::BrokerServer, peer_client::PeerClient, peer_server::PeerServer},
+    v1::{
+        admin_server::AdminServer, conversations_server::ConversationsServer, messages_server::MessagesServer,
+        users_server::UsersServer,
+    },
+};
+use stentor_raft_store::{Identity, META_SLOTS, OpenError, StoreError, types::TypeConfig};
+use stentor_transport::{
+    bind::{self, BindError},
+    grpc::{self, Routes},
+    probes::{Probes, serve_probes},
+    tls::{ClientTls, ServerTls, TlsError},
+};
+use thiserror::Error;
+use tokio::task::JoinSet;
+
+use crate::{
+    api::Api,
+    calls::{self, Calls},
+    clocks::Clocks,
+    config::{BrokerConfig, ConfigError},
+    effects::Hook,
+    gateway_service::{self, GatewayService},
+    host, meta,
+    metrics::Metrics,
+    network::{
+        Links,
+        server::{PeerIdentity, PeerService},
+    },
+    node::{Node, NodeParts},
+    raft::LEASE,
+    router::Peers,
+    shard::HostedShard,
+    upkeep,
+};
+
+/// Why a broker did not start. Nothing runs, and nothing on disk has changed.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// The configuration is at fault.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A port is taken, or not this machine's.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// Certificates or keys cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The data directory cannot be opened.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// The data directory belongs to somebody else.
+    #[error("the data directory belongs to broker {found} of cluster {cluster}, not to {asked}")]
+    OtherDirectory {
+        /// Its cluster.
+        cluster: String,
+        /// Its broker.
+        found: BrokerId,
+        /// What the configuration says: broker and cluster.
+        asked: String,
+    },
+    /// An empty directory and no bootstrap: joining a running cluster.
+    #[error(
+        "NOT_BUILT: an empty data directory cannot join a running cluster yet; configure `bootstrap` for a new one"
+    )]
+    CannotJoin,
+    /// A server could not begin, in the operating system's words.
+    #[error("cannot serve: {0}")]
+    Serve(String),
+}
+
+/// Why a broker did not become ready.
+#[derive(Debug, Error)]
+pub enum ReadyError {
+    /// It takes too long; it goes on trying.
+    #[error("not ready in time: {0}")]
+    Deadline(String),
+    /// It has stopped and says why.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Where a broker listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Addresses {
+    /// The public gRPC API.
+    pub api: SocketAddr,
+    /// Other brokers and gateways.
+    pub peer: SocketAddr,
+    /// Probes and metrics.
+    pub http: SocketAddr,
+}
+
+/// A running broker. Dropping it without [`Broker::shutdown`] leaves its tasks running until the runtime ends.
+pub struct Broker {
+    node: Arc<Node>,
+    addresses: Addresses,
+    tasks: JoinSet<()>,
+    servers: JoinSet<()>,
+}
+
+/// How long a stopping broker waits for others to take over what it leads.
+const HAND_OVER: Duration = Duration::from_millis(1_500);
+
+/// Starts a broker: opens its directory, listens, and begins to take part. Returns before it is ready ([`Broker::ready`]).
+///
+/// # Errors
+/// See [`StartError`].
+pub async fn start(config: BrokerConfig) -> Result<Broker, StartError> {
+    config.check()?;
+    let (peer, api) = (bind::tcp(config.peer_listen)?, bind::tcp(config.api_listen)?);
+    let http = bind::tcp(config.http_listen)?;
+    let addresses = Addresses { api: local(&api)?, peer: local(&peer)?, http: local(&http)? };
+    let started = Instant::now();
+    let metrics = Arc::new(Metrics::default());
+    let hook = Hook::new(metrics.clone());
+    let (store_config, on_applied) = (config.store_config(), hook.clone());
+    let store = tokio::task::spawn_blocking(move || stentor_raft_store::open(store_config, on_applied))
+        .await
+        .map_err(|e| StartError::Serve(e.to_string()))??;
+    check_directory(&config, store.identity().as_ref())?;
+    let (mut tasks, clocks) = (JoinSet::new(), Arc::new(Clocks::default()));
+    let client_tls = ClientTls::peer(&config.tls)?;
+    let others = || config.peers.iter().filter(|p| p.broker != config.broker).map(|p| (p.broker, p.peer_addr));
+    let known: Arc<OnceLock<Weak<Node>>> = Arc::default();
+    let on_connect = {
+        let known = known.clone();
+        move |peer| reset_backoff(&known, peer)
+    };
+    let links = Links::start(config.broker, others(), &client_tls, &clocks, &metrics, &mut tasks, on_connect)?;
+    let mut peers = HashMap::new();
+    for (broker, addr) in others() {
+        let calls = Calls::new(broker);
+        let channel = grpc::channel(addr, &client_tls)?;
+        tasks.spawn(calls::run(calls.clone(), channel, config.name.clone(), store.clone()));
+        peers.insert(broker, calls);
+    }
+    let (peer_tls, api_tls) = (ServerTls::peer(&config.tls)?, ServerTls::api(&config.tls)?);
+    let parts = NodeParts { config, store, hook, clocks, metrics, links, peers: Peers(peers), started };
+    let node = Node::new(parts);
+    // Set once, here.
+    let _ = known.set(Arc::downgrade(&node));
+    let mut servers = JoinSet::new();
+    serve(&node, &mut servers, (peer, &peer_tls), (api, &api_tls), http)?;
+    tasks.spawn(take_part(node.clone()));
+    tasks.spawn(upkeep::checkpoints(node.clone()));
+    tasks.spawn(upkeep::rounds(node.clone()));
+    tasks.spawn(upkeep::failures(node.clone()));
+    tasks.spawn(gateway_service::beats(node.clone()));
+    Ok(Broker { node, addresses, tasks, servers })
+}
+
+fn local(listener: &TcpListener) -> Result<SocketAddr, StartError> {
+    listener.local_addr().map_err(|e| StartError::Serve(e.to_string()))
+}
+
+fn check_directory(config: &BrokerConfig, identity: Option<&Identity>) -> Result<(), StartError> {
+    let Some(identity) = identity else {
+        return if config.bootstrap.is_some() { Ok(()) } else { Err(StartError::CannotJoin) };
+    };
+    let other_cluster = config.bootstrap.as_ref().is_some_and(|b| b.cluster_id != identity.cluster_id);
+    if identity.broker == config.broker && !other_cluster {
+        return Ok(());
+    }
+    let cluster = config.bootstrap.as_ref().map_or("its own", |b| &b.cluster_id);
+    Err(StartError::OtherDirectory {
+        cluster: identity.cluster_id.clone(),
+        found: identity.broker,
+        asked: format!("broker {} of cluster {cluster}", config.broker),
+    })
+}
+
+/// A peer is back: whatever waited before trying it again need not wait longer.
+fn reset_backoff(known: &OnceLock<Weak<Node>>, peer: BrokerId) {
+    let Some(node) = known.get().and_then(Weak::upgrade) else { return };
+    tokio::spawn(async move {
+        for hosted in node.all_hosted().into_iter().filter(|hosted| hosted.leadership().leads) {
+            let replicas: Vec<_> = hosted.raft.voter_ids().chain(hosted.raft.learner_ids()).collect();
+            let back = replicas.into_iter().filter(|replica| replica.broker == peer);
+            // An error means that the replica has stopped.
+            let _ = hosted.raft.trigger().reset_backoff(back).await;
+        }
+    });
+}
+
+fn serve(
+    node: &Arc<Node>,
+    servers: &mut JoinSet<()>,
+    (peer, peer_tls): (TcpListener, &ServerTls),
+    (api, api_tls): (TcpListener, &ServerTls),
+    http: TcpListener,
+) -> Result<(), StartError> {
+    let failed = |e: String| StartError::Serve(e);
+    let peer_routes = Routes::new(
+        PeerServer::new(PeerService { node: node.clone() })
+            .max_decoding_message_size(limits::PEER_MESSAGE_BYTES)
+            .max_encoding_message_size(limits::PEER_MESSAGE_BYTES),
+    )
+    .add_service(
+        BrokerServer::new(GatewayService { node: node.clone() })
+            .max_decoding_message_size(limits::PEER_MESSAGE_BYTES)
+            .max_encoding_message_size(limits::PEER_MESSAGE_BYTES),
+    );
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .build_v1()
+        .map_err(|e| failed(e.to_string()))?;
+    let service = Api::new(node.clone());
+    let api_routes = Routes::new(ConversationsServer::new(service.clone()))
+        .add_service(MessagesServer::new(service.clone()))
+        .add_service(UsersServer::new(service.clone()))
+        .add_service(AdminServer::new(service))
+        .add_service(health_service)
+        .add_service(reflection);
+    run(node, servers, "peer port", grpc::serve(peer, peer_tls, peer_routes, node.stop.clone().cancelled_owned()));
+    run(node, servers, "API port", grpc::serve(api, api_tls, api_routes, node.stop.clone().cancelled_owned()));
+    let scraped = node.clone();
+    let probes = Probes::new(move || scraped.metrics.text(&scraped.store.stats()));
+    probes.set_started(true);
+    let serving = serve_probes(http, probes.clone(), node.stop.clone().cancelled_owned());
+    run(node, servers, "probes", serving);
+    servers.spawn(upkeep::probes(node.clone(), probes));
+    servers.spawn(report_health(node.clone(), health));
+    Ok(())
+}
+
+fn run<E: std::fmt::Display>(
+    node: &Arc<Node>,
+    servers: &mut JoinSet<()>,
+    what: &'static str,
+    serving: impl Future<Output = Result<(), E>> + Send + 'static,
+) {
+    let node = node.clone();
+    servers.spawn(async move {
+        if let Err(error) = serving.await {
+            node.fail(&format!("{what}: {error}"));
+        }
+    });
+}
+
+async fn report_health(node: Arc<Node>, health: tonic_health::server::HealthReporter) {
+    use tonic_health::ServingStatus::{NotServing, Serving};
+    let mut every = tokio::time::interval(Duration::from_millis(200));
+    while !node.stop.is_cancelled() {
+        tokio::select! {
+            _ = every.tick() => {}
+            () = node.stop.cancelled() => {}
+        }
+        let status = if upkeep::is_ready(&node) { Serving } else { NotServing };
+        health.set_service_status("", status).await;
+    }
+}
+
+/// Finds out which directory this is, then opens the meta shard and follows it.
+async fn take_part(node: Arc<Node>) {
+    let identity = match node.store.identity() {
+        Some(identity) => identity,
+        None => match found_directory(&node).await {
+            Some(identity) => identity,
+            None => return,
+        },
+    };
+    let own = ReplicaId { broker: identity.broker, incarnation: identity.incarnation };
+    let hosted = match host::open(&node, META_SHARD, META_SLOTS, own).await {
+        Ok(hosted) => hosted,
+        Err(error) => return node.fail(&format!("cannot open the meta shard: {error}")),
+    };
+    let following = meta::follow(node.clone(), hosted.reader.clone(), own);
+    let founding = async {
+        let Some(bootstrap) = node.config.bootstrap.clone() else { return };
+        let lowest = node.config.peers.iter().map(|p| p.broker).min();
+        if lowest == Some(node.broker) && own.incarnation == meta::FIRST_INCARNATION {
+            begin_meta(&node, &hosted, &identity).await;
+        }
+        meta::found(node.clone(), hosted.clone(), bootstrap).await;
+    };
+    tokio::join!(following, founding);
+}
+
+/// An empty directory takes its place in a new cluster, once it is certain that there is no old one.
+async fn found_directory(node: &Arc<Node>) -> Option<Identity> {
+    let bootstrap = node.config.bootstrap.as_ref()?;
+    let peers = everybody(node, |_| true).await?;
+    if let Some(peer) = peers.iter().find(|peer| peer.bootstrapped) {
+        let (broker, cluster) = (peer.broker, &peer.cluster_id);
+        node.fail(&format!(
+            "NOT_BUILT: broker {broker} runs cluster {cluster} already, and an empty directory cannot join it yet"
+        ));
+        return None;
+    }
+    if let Some(peer) = peers.iter().find(|p| !p.cluster_id.is_empty() && p.cluster_id != bootstrap.cluster_id) {
+        node.fail(&format!("WRONG_CLUSTER: broker {} belongs to cluster {}", peer.broker, peer.cluster_id));
+        return None;
+    }
+    let identity = Identity {
+        cluster_id: bootstrap.cluster_id.clone(),
+        broker: node.broker,
+        incarnation: meta::FIRST_INCARNATION,
+    };
+    let (store, written) = (node.store.clone(), identity.clone());
+    let result = tokio::task::spawn_blocking(move || store.set_identity(&written)).await;
+    match result {
+        Ok(Ok(())) => Some(identity),
+        Ok(Err(error @ StoreError::OtherIdentity(_))) => {
+            node.fail(&error.to_string());
+            None
+        }
+        Ok(Err(error)) => {
+            node.fail(&format!("cannot write the directory's identity: {error}"));
+            None
+        }
+        Err(_) => None,
+    }
+}
+
+/// Asks all other brokers who they are, until each has given an answer that will do; `None` when this one stops.
+async fn everybody(node: &Node, will_do: impl Fn(&PeerIdentity) -> bool) -> Option<Vec<PeerIdentity>> {
+    let mut answers = Vec::new();
+    for peer in node.config.peers.iter().filter(|p| p.broker != node.broker) {
+        let channel = node.links.channel(peer.broker)?;
+        loop {
+            let identity = node.store.identity();
+            let request = IdentifyRequest {
+                broker: node.broker.0,
+                name: node.config.name.clone(),
+                cluster_id: identity.map(|i| i.cluster_id).unwrap_or_default(),
+            };
+            let mut client = PeerClient::new(channel.clone());
+            match client.identify(request).await {
+                Ok(response) => {
+                    let identity = PeerIdentity::from(response.into_inner());
+                    if will_do(&identity) {
+                        answers.push(identity);
+                        break;
+                    }
+                }
+                Err(status) => tracing::debug!(peer = %peer.broker, %status, "waiting for a broker to answer"),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(50)) => {}
+                () = node.stop.cancelled() => return None,
+            }
+        }
+    }
+    Some(answers)
+}
+
+/// Gives the meta shard its first members, once all of them are there.
+async fn begin_meta(node: &Arc<Node>, hosted: &HostedShard, identity: &Identity) {
+    match hosted.raft.is_initialized().await {
+        Ok(false) => {}
+        Ok(true) | Err(_) => return,
+    }
+    let there = |peer: &PeerIdentity| peer.cluster_id == identity.cluster_id;
+    let Some(peers) = everybody(node, there).await else { return };
+    if peers.iter().any(|peer| peer.bootstrapped || peer.incarnation != meta::FIRST_INCARNATION.0) {
+        return node.fail("NOT_BUILT: this directory lost its log, and cannot rejoin its cluster yet");
+    }
+    if let Err(error) = host::begin(hosted, meta::meta_voters(node)).await {
+        node.fail(&format!("cannot begin the meta shard: {error}"));
+    }
+}
+
+/// A voter that has answered lately; different ones for different shards, so that none gets everything.
+fn successor(hosted: &HostedShard) -> Option<ReplicaId> {
+    let metrics = hosted.raft.metrics().borrow_watched().clone();
+    let heard = metrics.heartbeat?;
+    let lately = |at: &Option<_>| at.as_ref().is_some_and(|at: &SerdeInstantOf<TypeConfig>| at.elapsed() < LEASE);
+    let voters: Vec<_> = metrics.membership_config.voter_ids().collect();
+    let there = heard.iter().filter(|(id, at)| **id != hosted.own && voters.contains(id) && lately(at));
+    let there: Vec<_> = there.map(|(id, _)| *id).collect();
+    there.get(hosted.shard.0 as usize % there.len().max(1)).copied()
+}
+
+impl Broker {
+    /// Where it listens.
+    pub fn addresses(&self) -> Addresses {
+        self.addresses
+    }
+
+    /// Returns when every replica here knows its leader and the cluster is made.
+    ///
+    /// # Errors
+    /// See [`ReadyError`].
+    pub async fn ready(&self, deadline: Duration) -> Result<(), ReadyError> {
+        let mut failed = self.node.failed.subscribe();
+        let ready = async {
+            while !upkeep::is_ready(&self.node) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::select! {
+            () = ready => Ok(()),
+            failure = failed.wait_for(Option::is_some) => {
+                let what = failure.ok().and_then(|what| what.clone());
+                Err(ReadyError::Failed(what.unwrap_or_else(|| "the broker has stopped".into())))
+            }
+            () = tokio::time::sleep(deadline) => Err(ReadyError::Deadline(self.lacks())),
+        }
+    }
+
+    /// What it is that a broker waits for, for people.
+    fn lacks(&self) -> String {
+        let Some(view) = self.node.meta.view() else {
+            return "the meta shard has not told the placement".into();
+        };
+        let leaderless = self.node.all_hosted().into_iter().filter(|h| h.leadership().leader.is_none());
+        let leaderless: Vec<_> = leaderless.map(|h| h.shard.to_string()).collect();
+        let new: Vec<_> =
+            view.placement.shards.iter().filter(|p| !p.initialized).map(|p| p.shard.to_string()).collect();
+        format!("shards without a leader: [{}]; not begun: [{}]", leaderless.join(", "), new.join(", "))
+    }
+
+    /// Completes when the broker cannot go on, with the reason; then it should be shut down.
+    pub async fn failed(&self) -> String {
+        let mut failed = self.node.failed.subscribe();
+        match failed.wait_for(Option::is_some).await {
+            Ok(what) => what.clone().unwrap_or_default(),
+            Err(_) => "the broker has stopped".into(),
+        }
+    }
+
+    /// Hands its shards over to others as far as they take them, then stops as [`Self::halt`] does.
+    pub async fn shutdown(self) {
+        let led = || self.node.all_hosted().into_iter().filter(|hosted| hosted.leadership().leads);
+        for hosted in led() {
+            if let Some(successor) = successor(&hosted) {
+                // An error means that the replica has stopped.
+                let _ = hosted.raft.trigger().transfer_leader(successor).await;
+            }
+        }
+        let handed_over = async {
+            while led().next().is_some() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let _ = tokio::time::timeout(HAND_OVER, handed_over).await;
+        self.halt().await;
+    }
+
+    /// Stops without handing anything over, as a crash would; what was acknowledged is on disk already.
+    pub async fn halt(mut self) {
+        self.node.stop.cancel();
+        self.tasks.shutdown().await;
+        for hosted in self.node.all_hosted() {
+            // An error means that the replica had stopped before.
+            let _ = hosted.raft.shutdown().await;
+        }
+        self.node.store.close().await;
+        while self.servers.join_next().await.is_some() {}
+    }
+}

@@ -1,0 +1,120 @@
+//! What a broker does beside its calls: checkpoints, purges, watching for failures, telling whether it is ready. Must
+//! never purge what a durable checkpoint does not cover.
+
+use std::{sync::Arc, time::Duration};
+
+use openraft::async_runtime::WatchReceiver;
+use stentor_proto::ids::ShardId;
+use stentor_transport::probes::Probes;
+
+use crate::{host, node::Node};
+
+/// How often logs are purged, lag is measured and new shards are noted as initialized.
+const ROUND: Duration = Duration::from_secs(1);
+/// How often readiness is judged.
+const JUDGE: Duration = Duration::from_millis(100);
+
+/// Starts a checkpoint whenever the store asks for one.
+pub(crate) async fn checkpoints(node: Arc<Node>) {
+    loop {
+        let shard = tokio::select! {
+            shard = node.store.checkpoint_due() => shard,
+            () = node.stop.cancelled() => return,
+        };
+        let Some(hosted) = node.hosted(shard) else {
+            // Open in the store and not yet here: its Raft is just starting.
+            tokio::time::sleep(JUDGE).await;
+            continue;
+        };
+        if hosted.raft.trigger().snapshot().await.is_err() && !node.stop.is_cancelled() {
+            tokio::time::sleep(ROUND).await;
+        }
+    }
+}
+
+/// Purges, measures, notes.
+pub(crate) async fn rounds(node: Arc<Node>) {
+    let mut every = tokio::time::interval(ROUND);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = every.tick() => {}
+            () = node.stop.cancelled() => return,
+        }
+        let (mut worst_lag, mut purged) = (0, 0);
+        for hosted in node.all_hosted() {
+            let metrics = hosted.raft.metrics().borrow_watched().clone();
+            if let Err(fatal) = &metrics.running_state
+                && !node.stop.is_cancelled()
+            {
+                node.fail(&format!("shard {}: {fatal}", hosted.shard));
+            }
+            let index = |id: Option<stentor_raft_store::types::RaftLogId>| id.map_or(0, |id| id.index);
+            worst_lag = worst_lag.max(index(metrics.local_committed).saturating_sub(index(metrics.last_applied)));
+            purged += metrics.purged.map_or(0, |id| id.index + 1);
+            purge(&node, hosted.shard).await;
+        }
+        node.metrics.apply_lag.set(worst_lag as i64);
+        node.metrics.purged.set(purged as i64);
+        host::mark_initialized(&node).await;
+    }
+}
+
+/// What lies further below the durable checkpoint than slower replicas may be is not kept for them: they get a
+/// snapshot.
+async fn purge(node: &Node, shard: ShardId) {
+    let Some(hosted) = node.hosted(shard) else { return };
+    let Some(upto) = node.store.position(shard).and_then(|position| position.purgeable) else { return };
+    let purged = hosted.raft.data_metrics().borrow_watched().purged;
+    if purged.is_none_or(|purged| purged.index < upto.index) {
+        // An error means that this replica has stopped; the next round sees it.
+        let _ = hosted.raft.trigger().purge_log(upto.index).await;
+    }
+}
+
+/// Stops the broker when its store has failed.
+pub(crate) async fn failures(node: Arc<Node>) {
+    let mut failed = node.store.failed();
+    loop {
+        let failure = failed.borrow_and_update().clone();
+        if let Some(failure) = failure {
+            return node.fail(&format!("the store has failed: {failure}"));
+        }
+        tokio::select! {
+            changed = failed.changed() => if changed.is_err() { return },
+            () = node.stop.cancelled() => return,
+        }
+    }
+}
+
+/// Whether callers should be sent here: the cluster is made, and every replica here knows a leader.
+pub(crate) fn is_ready(node: &Node) -> bool {
+    let Some(view) = node.meta.view() else { return false };
+    if node.failed.borrow().is_some() || node.stop.is_cancelled() {
+        return false;
+    }
+    view.placement.shards.iter().all(|placement| {
+        let here = placement.replicas.iter().any(|&id| id >> 32 == u64::from(node.broker.0));
+        let settled = || {
+            node.hosted(ShardId(placement.shard)).is_some_and(|hosted| {
+                let known = hosted.leadership();
+                known.leader.is_some() && (known.ready || !known.leads)
+            })
+        };
+        placement.initialized && (!here || settled())
+    })
+}
+
+/// Keeps the probes true.
+pub(crate) async fn probes(node: Arc<Node>, probes: Probes) {
+    let mut every = tokio::time::interval(JUDGE);
+    loop {
+        tokio::select! {
+            _ = every.tick() => {}
+            () = node.stop.cancelled() => break,
+        }
+        probes.set_ready(is_ready(&node));
+        probes.set_live(node.failed.borrow().is_none());
+    }
+    probes.set_ready(false);
+}
