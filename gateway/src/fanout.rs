@@ -1,0 +1,358 @@
+//! Who watches what: the conversations of one shard under 32-bit slots, each with the session streams that watch it.
+//! A live push is encoded once and shared by all of them. Must never decide what a session gets; that is its delivery.
+
+use std::sync::Arc;
+
+use hashbrown::{Equivalent, HashMap};
+use stentor_engine::{
+    delivery::{BadRun, PushRun, run_of_records},
+    limits,
+};
+use stentor_proto::{
+    Bytes,
+    frame::ServerFrame,
+    ids::{AppId, ConversationId, Seq},
+    internal,
+    v1::{self, Refusal, item},
+};
+
+use crate::{
+    inbox::{Inbox, Push},
+    shard::Around,
+};
+
+/// A conversation's place in the index.
+pub(crate) type Slot = u32;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Name {
+    app: AppId,
+    conversation: ConversationId,
+}
+
+/// Hashes like [`Name`], without owning its texts.
+#[derive(Hash)]
+struct NameRef<'a> {
+    app: &'a str,
+    conversation: &'a str,
+}
+
+impl Equivalent<Name> for NameRef<'_> {
+    fn equivalent(&self, name: &Name) -> bool {
+        self.app == name.app.as_str() && self.conversation == name.conversation.as_str()
+    }
+}
+
+struct Watcher {
+    inbox: Arc<Inbox>,
+    stream: u32,
+}
+
+struct Watched {
+    name: Name,
+    watchers: Vec<Watcher>,
+    /// The head at which the present leader registered the interest.
+    registered: Option<Seq>,
+}
+
+/// Live events that cannot be used: their broker's fault.
+#[derive(Debug)]
+pub(crate) struct BadLive {
+    pub(crate) slot: Slot,
+    pub(crate) error: BadRun,
+}
+
+/// The index of one shard.
+#[derive(Default)]
+pub(crate) struct Fanout {
+    slots: HashMap<Name, Slot>,
+    watched: Vec<Option<Watched>>,
+    free: Vec<Slot>,
+    /// Given up while a registration may still be answered; free after that answer or the next
+    /// [`Self::unregister`].
+    resting: Vec<Slot>,
+}
+
+impl Fanout {
+    /// Adds a stream. True when the conversation is new here and interest must be registered.
+    pub(crate) fn watch(
+        &mut self,
+        app: &AppId,
+        conversation: &ConversationId,
+        inbox: &Arc<Inbox>,
+        stream: u32,
+    ) -> (Slot, bool) {
+        let watcher = Watcher { inbox: inbox.clone(), stream };
+        let name = NameRef { app: app.as_str(), conversation: conversation.as_str() };
+        if let Some(&slot) = self.slots.get(&name)
+            && let Some(Some(watched)) = self.watched.get_mut(slot as usize)
+        {
+            if let Some(head) = watched.registered {
+                inbox.head(stream, head, true);
+            }
+            watched.watchers.push(watcher);
+            return (slot, false);
+        }
+        let name = Name { app: app.clone(), conversation: conversation.clone() };
+        let watched = Watched { name: name.clone(), watchers: vec![watcher], registered: None };
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.watched.push(None);
+            (self.watched.len() - 1) as Slot
+        });
+        if let Some(place) = self.watched.get_mut(slot as usize) {
+            *place = Some(watched);
+        }
+        self.slots.insert(name, slot);
+        (slot, true)
+    }
+
+    /// Removes a stream. True when nobody watches the conversation any more and interest must be dropped.
+    pub(crate) fn unwatch(
+        &mut self,
+        app: &AppId,
+        conversation: &ConversationId,
+        inbox: &Arc<Inbox>,
+        stream: u32,
+    ) -> bool {
+        let name = NameRef { app: app.as_str(), conversation: conversation.as_str() };
+        let Some(&slot) = self.slots.get(&name) else { return false };
+        let Some(place) = self.watched.get_mut(slot as usize) else { return false };
+        let Some(watched) = place else { return false };
+        watched.watchers.retain(|w| w.stream != stream || !Arc::ptr_eq(&w.inbox, inbox));
+        if !watched.watchers.is_empty() {
+            return false;
+        }
+        // An answer to a registration that is under way must not meet another conversation in this slot.
+        let answered = watched.registered.is_some();
+        *place = None;
+        self.slots.remove(&name);
+        if answered {
+            self.free.push(slot)
+        } else {
+            self.resting.push(slot)
+        }
+        true
+    }
+
+    /// All conversations.
+    pub(crate) fn slots(&self) -> impl Iterator<Item = Slot> {
+        self.slots.values().copied()
+    }
+
+    /// Whether anything is watched.
+    pub(crate) fn has_watchers(&self) -> bool {
+        !self.slots.is_empty()
+    }
+
+    /// (app, conversation) of a slot; empty for one that is not taken.
+    pub(crate) fn name(&self, slot: Slot) -> (String, String) {
+        let watched = self.watched.get(slot as usize).and_then(Option::as_ref);
+        watched.map(|w| (w.name.app.as_str().into(), w.name.conversation.as_str().into())).unwrap_or_default()
+    }
+
+    /// No registration counts any more: the stream or the term changed. No answer to an older one will be looked at.
+    pub(crate) fn unregister(&mut self) {
+        self.watched.iter_mut().flatten().for_each(|watched| watched.registered = None);
+        self.free.append(&mut self.resting);
+    }
+
+    /// Interest in one conversation is about to be registered again.
+    pub(crate) fn unregister_one(&mut self, slot: Slot) {
+        if let Some(Some(watched)) = self.watched.get_mut(slot as usize) {
+            watched.registered = None;
+        }
+    }
+
+    /// The leader registered interest at this head.
+    pub(crate) fn registered(&mut self, slot: Slot, head: Seq) {
+        if let Some(at) = self.resting.iter().position(|&resting| resting == slot) {
+            self.free.push(self.resting.swap_remove(at));
+        }
+        let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return };
+        watched.registered = Some(head);
+        watched.watchers.iter().for_each(|w| w.inbox.head(w.stream, head, true));
+    }
+
+    /// The leader refused the interest for good.
+    pub(crate) fn refused(&mut self, slot: Slot, refusal: &Refusal) {
+        let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return };
+        watched.watchers.iter().for_each(|w| w.inbox.refused(w.stream, refusal.clone()));
+    }
+
+    /// A conversation's head is at least this.
+    pub(crate) fn head(&mut self, app: &str, conversation: &str, head: Seq) {
+        if let Some(watched) = self.find(app, conversation) {
+            watched.watchers.iter().for_each(|w| w.inbox.head(w.stream, head, false));
+        }
+    }
+
+    /// Carries a live push to all streams that watch its conversation.
+    pub(crate) fn live(&mut self, live: internal::Live, around: &Around<'_>) -> Result<(), BadLive> {
+        let name = NameRef { app: &live.app, conversation: &live.conversation };
+        let Some(&slot) = self.slots.get(&name) else { return Ok(()) };
+        let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return Ok(()) };
+        around.metrics.live_events.inc_by(live.records.len() as u64);
+        let mut records = &live.records[..];
+        while !records.is_empty() {
+            let (part, rest) = records.split_at(part_len(records, around.frame_bytes));
+            let run = run_of_records(part).map_err(|error| BadLive { slot, error })?;
+            let push = Arc::new(encode(&live.conversation, part, run));
+            for watcher in &watched.watchers {
+                if !watcher.inbox.push(watcher.stream, &push) {
+                    around.metrics.dropped_pushes.inc();
+                }
+            }
+            records = rest;
+        }
+        Ok(())
+    }
+
+    fn find(&mut self, app: &str, conversation: &str) -> Option<&mut Watched> {
+        let &slot = self.slots.get(&NameRef { app, conversation })?;
+        self.watched.get_mut(slot as usize)?.as_mut()
+    }
+}
+
+/// How many records go into one frame: at least one, then as long as they fit.
+fn part_len(records: &[Bytes], frame_bytes: usize) -> usize {
+    let mut bytes = limits::FRAME_OVERHEAD_BYTES;
+    let fitting = records.iter().take_while(|record| {
+        bytes += record.len() + ITEM_OVERHEAD_BYTES;
+        bytes <= frame_bytes
+    });
+    fitting.count().max(1)
+}
+
+/// Tags and lengths around a record.
+pub(crate) const ITEM_OVERHEAD_BYTES: usize = 12;
+
+fn encode(conversation: &str, records: &[Bytes], run: PushRun) -> Push {
+    let items = records.iter().map(|r| v1::Item { item: Some(item::Item::Record(r.clone())) }).collect();
+    let frame = ServerFrame::Events(v1::Events { conversation: conversation.into(), items }).to_bytes();
+    let credit_bytes = records.iter().map(|r| r.len() as u64).sum();
+    let records = if run.removals.is_empty() { Vec::new() } else { records.to_vec() };
+    Push { frame, credit_bytes, run, records }
+}
+
+#[cfg(test)]
+mod tests {
+    use stentor_proto::{ids::PlacementVersion, record, v1::EventHeader, v1::EventKind};
+
+    use super::*;
+    use crate::{link::Links, metrics::Metrics};
+
+    fn event(seq: u64, kind: EventKind, subject: &'static str, body: &[u8]) -> Bytes {
+        let header = EventHeader { seq, kind: kind.into(), subject: subject.into(), ..Default::default() };
+        let mut out = Vec::new();
+        record::encode(&header, body, 0, 0, &mut out);
+        out.into()
+    }
+
+    fn live(records: Vec<Bytes>) -> internal::Live {
+        internal::Live { shard: 1, app: "app".into(), conversation: "c".into(), records }
+    }
+
+    struct World {
+        links: Links,
+        metrics: Metrics,
+        fanout: Fanout,
+        app: AppId,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let links = Links::new(std::iter::empty());
+            let app = AppId::new("app").unwrap();
+            Self { links, metrics: Metrics::default(), fanout: Fanout::default(), app }
+        }
+
+        fn watch(&mut self, conversation: &str, inbox: &Arc<Inbox>, stream: u32) -> (Slot, bool) {
+            self.fanout.watch(&self.app, &ConversationId::new(conversation).unwrap(), inbox, stream)
+        }
+
+        fn unwatch(&mut self, conversation: &str, inbox: &Arc<Inbox>, stream: u32) -> bool {
+            self.fanout.unwatch(&self.app, &ConversationId::new(conversation).unwrap(), inbox, stream)
+        }
+
+        fn live(&mut self, records: Vec<Bytes>) -> Result<(), BadLive> {
+            let placement = PlacementVersion(1);
+            let (links, metrics) = (&self.links, &self.metrics);
+            self.fanout.live(live(records), &Around { links, metrics, placement, now_ms: 0, frame_bytes: 65_536 })
+        }
+    }
+
+    #[test]
+    fn a_push_is_encoded_once_for_all_its_sessions() {
+        let mut world = World::new();
+        let inboxes = [0; 3].map(|_| Arc::new(Inbox::default()));
+        for (n, inbox) in inboxes.iter().enumerate() {
+            assert_eq!(world.watch("c", inbox, n as u32 + 7), (0, n == 0));
+        }
+        world.watch("other", &inboxes[0], 3);
+        let records = vec![event(4, EventKind::Message, "", b"x"), event(5, EventKind::ParticipantRemoved, "ann", b"")];
+        assert!(world.live(records).is_ok());
+        let news = inboxes.each_ref().map(|inbox| inbox.take());
+        let first = &news[0].pushes[0].1;
+        assert_eq!((first.run.first, first.run.last, first.records.len()), (Seq(4), Seq(5), 2));
+        assert_eq!(first.run.for_user("ann").removed_at, Some(Seq(5)));
+        for (n, news) in news.iter().enumerate() {
+            assert_eq!((news.pushes.len(), news.pushes[0].0), (1, n as u32 + 7));
+            assert!(Arc::ptr_eq(first, &news.pushes[0].1));
+        }
+    }
+
+    #[test]
+    fn a_long_push_is_cut_into_frames_that_fit() {
+        let mut world = World::new();
+        let inbox = Arc::new(Inbox::default());
+        world.watch("c", &inbox, 1);
+        assert!(world.live((1..=10).map(|seq| event(seq, EventKind::Message, "", &[0; 20_000])).collect()).is_ok());
+        let news = inbox.take();
+        assert!(news.pushes.len() >= 3 || !news.heads.is_empty());
+        assert!(news.pushes.iter().all(|(_, push)| push.frame.len() <= 65_536));
+    }
+
+    #[test]
+    fn events_that_are_not_dense_are_not_carried() {
+        let mut world = World::new();
+        let inbox = Arc::new(Inbox::default());
+        let (slot, _) = world.watch("c", &inbox, 1);
+        let records = vec![event(4, EventKind::Message, "", b"x"), event(6, EventKind::Message, "", b"x")];
+        assert_eq!(world.live(records).unwrap_err().slot, slot);
+        assert!(world.live(vec![Bytes::from_static(b"no record")]).is_err());
+        assert!(inbox.take().pushes.is_empty());
+    }
+
+    #[test]
+    fn a_slot_is_not_given_again_while_its_registration_may_be_answered() {
+        let mut world = World::new();
+        let inbox = Arc::new(Inbox::default());
+        let (first, _) = world.watch("c", &inbox, 1);
+        assert!(world.unwatch("c", &inbox, 1), "nobody is left");
+        let (second, _) = world.watch("d", &inbox, 2);
+        assert_ne!(first, second);
+        world.fanout.registered(first, Seq(9));
+        assert!(inbox.take().heads.is_empty(), "an answer for a conversation that nobody watches");
+        let (third, _) = world.watch("e", &inbox, 3);
+        assert_eq!(first, third, "free once it was answered");
+        world.fanout.registered(third, Seq(4));
+        let heads = inbox.take().heads;
+        assert_eq!((heads[&3].head, heads[&3].registered), (Seq(4), true));
+        assert!(world.unwatch("e", &inbox, 3));
+        assert_eq!(world.watch("f", &inbox, 4).0, third, "free at once when it was answered before");
+    }
+
+    #[test]
+    fn a_late_watcher_hears_of_the_registration() {
+        let mut world = World::new();
+        let inboxes = [0; 2].map(|_| Arc::new(Inbox::default()));
+        let (slot, _) = world.watch("c", &inboxes[0], 1);
+        world.fanout.registered(slot, Seq(4));
+        world.watch("c", &inboxes[1], 2);
+        assert!(inboxes[1].take().heads[&2].registered);
+        assert!(!world.unwatch("c", &inboxes[0], 1), "one is left");
+        assert!(!world.unwatch("c", &inboxes[0], 1), "twice does no harm");
+        world.fanout.head("app", "c", Seq(8));
+        assert_eq!(inboxes[1].take().heads[&2].head, Seq(8));
+    }
+}

@@ -1,0 +1,492 @@
+//! The conversations that a session follows: beginning them (interest, heads, start), handing on what comes live,
+//! pulling what does not, and telling when a resume is done. What each stream gets is decided by its `Delivery`.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
+
+use hashbrown::HashMap;
+use stentor_engine::{
+    delivery::{Deliver, Delivery, Next, Step, run_of_items},
+    limits,
+    session::client::credit_cost,
+};
+use stentor_proto::{
+    frame::ServerFrame,
+    ids::{ConversationId, Seq, ShardId},
+    internal::{self, gateway_frame::Frame, lookup},
+    reason::Reason,
+    v1::{self, ConversationState, Item, Refusal, item},
+};
+
+use super::{Session, unexpected};
+use crate::{
+    fanout::ITEM_OVERHEAD_BYTES,
+    inbox::{HeadNews, Purpose, Push, Reply},
+};
+
+/// Where a stream begins.
+#[derive(Debug, Clone, Copy)]
+enum From {
+    After(Seq),
+    Head,
+}
+
+#[derive(Debug)]
+struct Stream {
+    conversation: ConversationId,
+    shard: ShardId,
+    from: From,
+    delivery: Delivery,
+    /// Heads were asked for.
+    asked: bool,
+    /// Part of a resume that is not up to date yet.
+    resuming: bool,
+    /// The resume is done for it from here on; known once it has started.
+    target: Option<Seq>,
+    /// The cursors that the user's shard keeps, where it was asked for them.
+    kept: (u64, u64),
+}
+
+/// A resume under way.
+#[derive(Debug, Default)]
+struct Resume {
+    conversations: u32,
+    pending: u32,
+    listing: bool,
+}
+
+/// All streams of a session.
+#[derive(Debug, Default)]
+pub(super) struct Streams {
+    streams: BTreeMap<u32, Stream>,
+    names: HashMap<ConversationId, u32>,
+    /// Never given twice, so that what is on its way for an ended stream meets nobody.
+    next: u32,
+    to_ask: BTreeMap<ShardId, Vec<u32>>,
+    hungry: VecDeque<u32>,
+    pulls: usize,
+    /// (when, stream), in order; every pause is of the same length.
+    later: VecDeque<(u64, u32)>,
+    /// The page of the user's conversations is asked for again then, after this one.
+    list_again: Option<(u64, String)>,
+    listed_upto: String,
+    resume: Option<Resume>,
+}
+
+impl Streams {
+    pub(super) fn due_ms(&self) -> Option<u64> {
+        let list = self.list_again.as_ref().map(|&(at, _)| at);
+        self.later.front().map(|&(at, _)| at).into_iter().chain(list).min()
+    }
+
+    /// How far a conversation was handed on, if it is followed.
+    pub(super) fn delivered(&self, conversation: &str) -> Option<Seq> {
+        let stream = self.streams.get(self.names.get(conversation)?)?;
+        let begin = match stream.from {
+            From::After(seq) => seq,
+            From::Head => Seq(0),
+        };
+        Some(stream.delivery.delivered().max(begin))
+    }
+}
+
+impl Session {
+    pub(super) fn resume(&mut self, resume: v1::Resume) {
+        self.credit.resume(resume.credit_bytes);
+        self.streams.resume = Some(Resume { listing: !resume.only_listed, ..Resume::default() });
+        for cursor in &resume.delivered {
+            self.begin(&cursor.conversation, From::After(Seq(cursor.seq)), true, (0, 0));
+        }
+        if resume.only_listed {
+            self.check_up_to_date();
+        } else {
+            self.list(String::new());
+        }
+    }
+
+    pub(super) fn subscribe(&mut self, subscribe: &v1::Subscribe) {
+        let from = if subscribe.from_head { From::Head } else { From::After(Seq(subscribe.after_seq)) };
+        if let Some(&id) = self.streams.names.get(subscribe.conversation.as_str()) {
+            self.remove(id);
+        }
+        self.begin(&subscribe.conversation, from, false, (0, 0));
+    }
+
+    pub(super) fn unsubscribe(&mut self, conversation: &str) {
+        if let Some(&id) = self.streams.names.get(conversation) {
+            self.remove(id);
+            self.check_up_to_date();
+        }
+    }
+
+    fn begin(&mut self, conversation: &str, from: From, resuming: bool, kept: (u64, u64)) {
+        let refuse = |session: &mut Self, refusal| session.out.push(refused_state(conversation, refusal));
+        let Ok(id) = ConversationId::new(conversation) else {
+            return refuse(self, Reason::BadId.refusal());
+        };
+        if self.streams.names.contains_key(conversation) {
+            return;
+        }
+        if self.streams.streams.len() >= limits::SESSION_SUBSCRIPTIONS {
+            return refuse(self, Reason::TooManySubscriptions.refusal());
+        }
+        let shard = match self.core.shard_of(&self.who.app, conversation) {
+            Ok(shard) => shard,
+            Err(reason) => return refuse(self, reason.refusal()),
+        };
+        let stream = self.streams.next;
+        self.streams.next += 1;
+        self.streams.names.insert(id.clone(), stream);
+        self.core.metrics.subscriptions.inc();
+        if let Some(resume) = self.streams.resume.as_mut().filter(|_| resuming) {
+            resume.conversations += 1;
+            resume.pending += 1;
+        }
+        self.core.watch(shard, &self.who.app, &id, &self.inbox, stream);
+        let delivery = Delivery::new();
+        let place = Stream { conversation: id, shard, from, delivery, asked: false, resuming, target: None, kept };
+        self.streams.streams.insert(stream, place);
+    }
+
+    /// Forgets a stream without a word to the device.
+    fn remove(&mut self, id: u32) {
+        let Some(stream) = self.streams.streams.remove(&id) else { return };
+        self.streams.names.remove(&stream.conversation);
+        self.core.unwatch(stream.shard, &self.who.app, &stream.conversation, &self.inbox, id);
+        self.core.metrics.subscriptions.dec();
+        if let Some(resume) = self.streams.resume.as_mut().filter(|_| stream.resuming) {
+            resume.pending -= 1;
+        }
+    }
+
+    pub(super) fn end_streams(&mut self) {
+        let ids: Vec<u32> = self.streams.streams.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.remove(id));
+    }
+
+    /// Ends a stream and tells the device why.
+    pub(super) fn stream_refused(&mut self, id: u32, refusal: Refusal) {
+        let Some(stream) = self.streams.streams.get(&id) else { return };
+        self.out.push(refused_state(stream.conversation.as_str(), refusal));
+        self.remove(id);
+        self.check_up_to_date();
+    }
+
+    /// A head was heard of. The first registration of a stream is followed by the question for its heads: asked later
+    /// than the registration, its answer knows of every removal of the reader that is not still to come as an event.
+    pub(super) fn head(&mut self, id: u32, news: HeadNews) {
+        let Some(stream) = self.streams.streams.get_mut(&id) else { return };
+        if news.registered && !stream.asked {
+            stream.asked = true;
+            self.streams.to_ask.entry(stream.shard).or_default().push(id);
+        }
+        let step = stream.delivery.head(news.head);
+        self.carry_out(id, step, None);
+    }
+
+    pub(super) fn ask_heads(&mut self) {
+        for (shard, ids) in std::mem::take(&mut self.streams.to_ask) {
+            for ids in ids.chunks(limits::HEADS_PER_QUERY) {
+                let name = |id: &u32| Some(self.streams.streams.get(id)?.conversation.as_str().to_owned());
+                let conversations: Vec<String> = ids.iter().filter_map(name).collect();
+                let frame = self.heads_of(shard, conversations);
+                let ticket = self.ticket(Purpose::Start { streams: ids.to_vec() });
+                self.core.ask(shard, frame, ticket);
+            }
+        }
+    }
+
+    pub(super) fn heads_of(&self, shard: ShardId, conversations: Vec<String>) -> Frame {
+        Frame::Heads(internal::Heads {
+            id: 0,
+            shard: shard.0,
+            app: self.who.app.as_str().into(),
+            user: self.who.user.as_str().into(),
+            device: self.who.device.as_str().into(),
+            conversations,
+        })
+    }
+
+    pub(super) fn heads(&mut self, ids: Vec<u32>, result: Result<Reply, Refusal>) {
+        let states = match result {
+            Ok(Reply::Heads(states)) => states,
+            other => {
+                let refusal = unexpected(other);
+                return ids.into_iter().for_each(|id| self.not_started(id, refusal.clone()));
+            }
+        };
+        let mut states: HashMap<String, ConversationState> =
+            states.into_iter().map(|state| (state.conversation.clone(), state)).collect();
+        for id in ids {
+            let Some(stream) = self.streams.streams.get(&id) else { continue };
+            match states.remove(stream.conversation.as_str()) {
+                Some(ConversationState { refusal: Some(refusal), .. }) => self.not_started(id, refusal),
+                Some(state) => self.start(id, state),
+                None => self.not_started(id, Reason::Internal.refusal()),
+            }
+        }
+    }
+
+    fn not_started(&mut self, id: u32, refusal: Refusal) {
+        if refusal.retryable {
+            self.streams.later.push_back((self.core.now_ms() + limits::RETRY_MS, id));
+        } else {
+            self.stream_refused(id, refusal);
+        }
+    }
+
+    fn start(&mut self, id: u32, mut state: ConversationState) {
+        let Some(stream) = self.streams.streams.get_mut(&id) else { return };
+        let after = match stream.from {
+            From::After(seq) if seq.0 > state.head => {
+                return self.stream_refused(id, Reason::CursorBeyondHead.refusal());
+            }
+            From::After(seq) => seq,
+            From::Head => Seq(state.head),
+        };
+        stream.target = Some(Seq(state.head));
+        let step = stream.delivery.start(after, Seq(state.head));
+        state.delivered = state.delivered.max(stream.kept.0);
+        state.read = state.read.max(stream.kept.1);
+        self.out.push(state);
+        self.carry_out(id, step, None);
+    }
+
+    /// A live push.
+    pub(super) fn live(&mut self, id: u32, push: &Arc<Push>) {
+        let room = self.room_bytes();
+        let Some(stream) = self.streams.streams.get_mut(&id) else { return };
+        let fits = push.frame.len() <= room || self.out.bytes() == 0;
+        let run = push.run.for_user(self.who.user.as_str());
+        let was_live = stream.delivery.is_live();
+        let step = stream.delivery.live(run, fits && self.credit.left() > 0);
+        if was_live && step.deliver == Deliver::Nothing && step.next == Next::Hungry {
+            self.core.metrics.dropped_pushes.inc();
+        }
+        match step.deliver {
+            Deliver::Nothing => {}
+            Deliver::All => {
+                self.out.push_shared(push.frame.clone());
+                self.credit.spend(push.credit_bytes);
+                self.core.metrics.delivered_events.inc_by(run.last.0 - run.first.0 + 1);
+            }
+            Deliver::UpTo(last) => {
+                let count = (last.0 + 1).saturating_sub(run.first.0) as usize;
+                let records = push.records.iter().take(count);
+                let items = records.map(|r| Item { item: Some(item::Item::Record(r.clone())) }).collect();
+                let conversation = stream.conversation.as_str().to_owned();
+                self.push_items(conversation, items);
+                self.core.metrics.delivered_events.inc_by(count as u64);
+            }
+        }
+        self.carry_out(id, step, None);
+    }
+
+    /// What may still be queued, pages under way counted as if they were there.
+    fn room_bytes(&self) -> usize {
+        let taken = self.out.bytes() + self.streams.pulls * limits::SESSION_PAGE_BYTES;
+        limits::SESSION_QUEUE_BYTES.saturating_sub(taken)
+    }
+
+    /// Asks for pages, oldest hunger first, as long as there is room for them.
+    pub(super) fn grant_pulls(&mut self) {
+        while self.streams.pulls < limits::SESSION_PULLS
+            && self.room_bytes() >= limits::SESSION_PAGE_BYTES
+            && self.credit.left() > 0
+        {
+            let Some(id) = self.streams.hungry.pop_front() else { return };
+            let max_bytes = limits::SESSION_PAGE_BYTES.min(self.credit.left());
+            let Some(stream) = self.streams.streams.get_mut(&id) else { continue };
+            let Some(pull) = stream.delivery.pull(max_bytes) else { continue };
+            let request = v1::HistoryRequest {
+                conversation: stream.conversation.as_str().into(),
+                after_seq: Some(pull.after_seq.0),
+                ..Default::default()
+            };
+            let shard = stream.shard;
+            let frame = self.read(shard, request, pull.max_bytes, false);
+            self.streams.pulls += 1;
+            let ticket = self.ticket(Purpose::Pull { stream: id });
+            self.core.ask(shard, frame, ticket);
+        }
+    }
+
+    pub(super) fn read(&self, shard: ShardId, request: v1::HistoryRequest, max_bytes: usize, admin: bool) -> Frame {
+        Frame::Read(internal::Read {
+            id: 0,
+            shard: shard.0,
+            app: self.who.app.as_str().into(),
+            user: self.who.user.as_str().into(),
+            admin,
+            request: Some(request),
+            max_bytes: max_bytes as u32,
+        })
+    }
+
+    /// A page came, or was refused.
+    pub(super) fn page(&mut self, id: u32, result: Result<Reply, Refusal>) {
+        self.streams.pulls = self.streams.pulls.saturating_sub(1);
+        let Some(stream) = self.streams.streams.get_mut(&id) else { return };
+        let page = match result {
+            Ok(Reply::Page(page)) => page,
+            other => {
+                let refusal = unexpected(other);
+                let reason = Reason::from_code(&refusal.reason).unwrap_or(Reason::Internal);
+                let step = stream.delivery.refused(reason);
+                return self.carry_out(id, step, None);
+            }
+        };
+        let step = match run_of_items(&page.items, self.who.user.as_str()) {
+            Ok(run) => stream.delivery.page(run, Seq(page.head), page.more),
+            Err(error) => {
+                tracing::warn!(conversation = %stream.conversation, %error, "unusable page");
+                stream.delivery.refused(Reason::Internal)
+            }
+        };
+        self.carry_out(id, step, Some(page.items));
+    }
+
+    /// Delivers a page's items where the step says so, then does what comes next.
+    fn carry_out(&mut self, id: u32, step: Step, items: Option<Vec<Item>>) {
+        let Some(stream) = self.streams.streams.get(&id) else { return };
+        if let (Deliver::All, Some(items)) = (step.deliver, items) {
+            self.core.metrics.pulled_events.inc_by(items.len() as u64);
+            let conversation = stream.conversation.as_str().to_owned();
+            self.push_items(conversation, items);
+        }
+        match step.next {
+            Next::Wait => {}
+            Next::Hungry => self.streams.hungry.push_back(id),
+            Next::Rest => self.streams.later.push_back((self.core.now_ms() + limits::RETRY_MS, id)),
+            Next::Stop(reason) => return self.stream_refused(id, reason.refusal()),
+        }
+        self.check_target(id);
+    }
+
+    /// Queues items in as many frames as they need.
+    fn push_items(&mut self, conversation: String, items: Vec<Item>) {
+        let frame_bytes = self.core.config.limits.max_frame_bytes - limits::FRAME_OVERHEAD_BYTES;
+        let mut part = Vec::new();
+        let mut bytes = 0;
+        for item in items {
+            let cost = credit_cost(&item);
+            self.credit.spend(cost);
+            let item_bytes = cost as usize + ITEM_OVERHEAD_BYTES;
+            if bytes + item_bytes > frame_bytes && !part.is_empty() {
+                bytes = 0;
+                let items = std::mem::take(&mut part);
+                self.push_events(conversation.clone(), items);
+            }
+            bytes += item_bytes;
+            part.push(item);
+        }
+        if !part.is_empty() {
+            self.push_events(conversation, part);
+        }
+    }
+
+    fn push_events(&mut self, conversation: String, items: Vec<Item>) {
+        self.out.push_shared(ServerFrame::Events(v1::Events { conversation, items }).to_bytes());
+    }
+
+    /// What rested is tried again.
+    pub(super) fn retry_streams(&mut self, now_ms: u64) {
+        while self.streams.later.front().is_some_and(|&(at, _)| at <= now_ms) {
+            let Some((_, id)) = self.streams.later.pop_front() else { break };
+            let Some(stream) = self.streams.streams.get_mut(&id) else { continue };
+            if stream.delivery.is_running() {
+                let step = stream.delivery.retry();
+                self.carry_out(id, step, None);
+            } else {
+                self.streams.to_ask.entry(stream.shard).or_default().push(id);
+            }
+        }
+        if let Some((_, after)) = self.streams.list_again.take_if(|(at, _)| *at <= now_ms) {
+            self.list(after);
+        }
+    }
+
+    /// Asks for the user's conversations after this one.
+    fn list(&mut self, after: String) {
+        let (app, user) = (self.who.app.clone(), self.who.user.clone());
+        let Ok(shard) = self.core.shard_of(&app, user.as_str()) else {
+            self.streams.list_again = Some((self.core.now_ms() + limits::RETRY_MS, after));
+            return;
+        };
+        self.streams.listed_upto.clone_from(&after);
+        let what = lookup::What::Conversations(v1::ListRequest { after, limit: limits::LIST_PAGE });
+        let frame = self.lookup(shard, what);
+        let ticket = self.ticket(Purpose::Conversations);
+        self.core.ask(shard, frame, ticket);
+    }
+
+    pub(super) fn lookup(&self, shard: ShardId, what: lookup::What) -> Frame {
+        Frame::Lookup(internal::Lookup {
+            id: 0,
+            shard: shard.0,
+            app: self.who.app.as_str().into(),
+            user: self.who.user.as_str().into(),
+            device: self.who.device.as_str().into(),
+            what: Some(what),
+        })
+    }
+
+    /// A page of the user's conversations, for the resume. Those that the device listed keep its own cursor.
+    pub(super) fn conversations(&mut self, result: Result<Reply, Refusal>) {
+        match result {
+            Ok(Reply::Conversations(state)) => {
+                for listed in state.conversations.iter().filter(|listed| !listed.removed) {
+                    let from = From::After(Seq(listed.delivered));
+                    self.begin(&listed.conversation, from, true, (listed.delivered, listed.read));
+                }
+                // A broker that gives the same place again would be asked for ever.
+                if !state.next.is_empty() && state.next > self.streams.listed_upto {
+                    return self.list(state.next);
+                }
+                self.listed();
+            }
+            other => {
+                let refusal = unexpected(other);
+                if refusal.retryable {
+                    let after = self.streams.listed_upto.clone();
+                    self.streams.list_again = Some((self.core.now_ms() + limits::RETRY_MS, after));
+                } else {
+                    tracing::warn!(user = %self.who.user, reason = refusal.reason, "no list of conversations");
+                    self.listed();
+                }
+            }
+        }
+    }
+
+    fn listed(&mut self) {
+        if let Some(resume) = &mut self.streams.resume {
+            resume.listing = false;
+        }
+        self.check_up_to_date();
+    }
+
+    fn check_target(&mut self, id: u32) {
+        let Some(stream) = self.streams.streams.get_mut(&id) else { return };
+        let reached = stream.target.is_some_and(|target| stream.delivery.delivered() >= target);
+        if !stream.resuming || !reached {
+            return;
+        }
+        stream.resuming = false;
+        if let Some(resume) = &mut self.streams.resume {
+            resume.pending -= 1;
+        }
+        self.check_up_to_date();
+    }
+
+    fn check_up_to_date(&mut self) {
+        if let Some(resume) = self.streams.resume.take_if(|resume| resume.pending == 0 && !resume.listing) {
+            self.out.push(v1::UpToDate { conversations: resume.conversations });
+        }
+    }
+}
+
+fn refused_state(conversation: &str, refusal: Refusal) -> ConversationState {
+    ConversationState { conversation: conversation.into(), refusal: Some(refusal), ..Default::default() }
+}

@@ -1,0 +1,10 @@
+//! The gateway from outside: scripted brokers behind it, raw QUIC devices before it.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod calls;
+mod cursors;
+mod hello;
+mod sends;
+mod streams;
+mod support;
