@@ -1,0 +1,180 @@
+//! How a client is set up. Must never connect with a setting that cannot work: what is wrong is said at once.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use stentor_engine::{limits, session::client::Config};
+use stentor_transport::tls::ClientTls;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use crate::{
+    Client, ClientError, CursorStore, MemoryCursors,
+    dial::Dialer,
+    driver::Driver,
+    shared::{Command, Shared},
+};
+
+/// Commands that wait for the client's task: enough to fill a write, few enough to cost an idle client little.
+const COMMANDS: usize = 64;
+/// The most unanswered sends of one client; the window of a connection is smaller.
+const MAX_WINDOW: usize = 65_536;
+
+/// How to connect; see [`Client::builder`].
+pub struct Builder {
+    gateways: Vec<String>,
+    ca: Option<PathBuf>,
+    tls: Option<ClientTls>,
+    token: String,
+    cursors: Arc<dyn CursorStore>,
+    window: usize,
+    connect_timeout: Duration,
+    request_timeout: Duration,
+    config: Config,
+}
+
+impl std::fmt::Debug for Builder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Never the token.
+        f.debug_struct("Builder")
+            .field("gateways", &self.gateways)
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Builder {
+    pub(crate) fn new() -> Self {
+        let agent = concat!("stentor-client/", env!("CARGO_PKG_VERSION")).to_owned();
+        Self {
+            gateways: Vec::new(),
+            ca: None,
+            tls: None,
+            token: String::new(),
+            cursors: Arc::new(MemoryCursors::new()),
+            window: 256,
+            connect_timeout: Duration::from_secs(30),
+            request_timeout: Duration::from_secs(15),
+            // Moves are gathered before the session sees them.
+            config: Config { agent, cursor_interval_ms: 0, ..Config::default() },
+        }
+    }
+
+    /// Adds a gateway, `host:port`. With several, the client begins at a random one and goes to the next when one
+    /// fails.
+    #[must_use]
+    pub fn gateway(mut self, address: impl ToString) -> Self {
+        self.gateways.push(address.to_string());
+        self
+    }
+
+    /// The certificate authority that gateways must be certified by, a PEM file.
+    #[must_use]
+    pub fn ca_file(mut self, path: impl AsRef<Path>) -> Self {
+        self.ca = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// The same, read already: many clients of one process share it.
+    #[must_use]
+    pub fn tls(mut self, tls: ClientTls) -> Self {
+        self.tls = Some(tls);
+        self
+    }
+
+    /// The JWT that names app, user and device.
+    #[must_use]
+    pub fn token(mut self, token: impl Into<String>) -> Self {
+        self.token = token.into();
+        self
+    }
+
+    /// What this program calls itself, for the gateway's log.
+    #[must_use]
+    pub fn agent(mut self, agent: impl Into<String>) -> Self {
+        self.config.agent = agent.into();
+        self
+    }
+
+    /// Where cursors are kept between runs; in memory unless told.
+    #[must_use]
+    pub fn cursors(mut self, cursors: impl CursorStore) -> Self {
+        self.cursors = Arc::new(cursors);
+        self
+    }
+
+    /// Streams every conversation of the user, also those that were not subscribed to: from the cursor that the
+    /// server keeps for this device.
+    #[must_use]
+    pub fn follow_all(mut self) -> Self {
+        self.config.only_listed = false;
+        self
+    }
+
+    /// Unanswered sends of this client, 1 to 65,536; 256 unless told. [`Client::send_pipelined`] waits beyond it.
+    #[must_use]
+    pub fn window(mut self, sends: usize) -> Self {
+        self.window = sends.clamp(1, MAX_WINDOW);
+        self
+    }
+
+    /// Event bytes that may wait for [`Client::next`], at most 1 MiB; 256 KiB unless told.
+    #[must_use]
+    pub fn inbox_bytes(mut self, bytes: u64) -> Self {
+        self.config.credit_bytes = bytes.clamp(1_024, limits::SESSION_MAX_CREDIT_BYTES);
+        self
+    }
+
+    /// How long [`Builder::connect`] tries; 30 s unless told. Later reconnects are tried for ever.
+    #[must_use]
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connect_timeout = timeout;
+        self
+    }
+
+    /// How long requests (history, create, …) wait for their answer; 15 s unless told.
+    #[must_use]
+    pub fn request_timeout(mut self, timeout: Duration) -> Self {
+        self.request_timeout = timeout;
+        self
+    }
+
+    /// Connects and greets. Returns when a gateway took the session, or with the reason why none did. Must be called
+    /// within a tokio runtime with timers and IO; the client's task runs there.
+    pub async fn connect(self) -> Result<Client, ClientError> {
+        if self.gateways.is_empty() {
+            return Err(ClientError::Config("no gateway was given".into()));
+        }
+        let tls = match (self.tls, self.ca) {
+            (Some(tls), _) => tls,
+            (None, Some(ca)) => ClientTls::public(&ca).map_err(|e| ClientError::Config(e.to_string()))?,
+            (None, None) => return Err(ClientError::Config("no certificate authority was given".into())),
+        };
+        let shared = Arc::new(Shared::new(self.config.credit_bytes));
+        let (commands, receiver) = mpsc::channel::<Command>(COMMANDS);
+        let (first, welcomed) = oneshot::channel();
+        let dialer = Dialer::new(self.gateways, tls);
+        let driver = Driver::new(self.config, dialer, self.token, self.cursors, Arc::clone(&shared), receiver, first);
+        let task = tokio::spawn(driver.run());
+        let outcome = tokio::time::timeout(self.connect_timeout, welcomed).await;
+        match outcome {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => return Err(error),
+            Ok(Err(_)) => return Err(ClientError::Unreachable("the client's task ended".into())),
+            Err(_) => {
+                task.abort();
+                let why = shared.last_failure().unwrap_or_else(|| "none answered in time".into());
+                return Err(ClientError::Unreachable(why));
+            }
+        }
+        Ok(Client {
+            shared,
+            commands,
+            window: Arc::new(Semaphore::new(self.window)),
+            window_sends: self.window as u32,
+            request_timeout: self.request_timeout,
+        })
+    }
+}

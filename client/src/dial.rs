@@ -1,0 +1,99 @@
+//! Which gateway to try next, and after which wait. Must never let a crowd of clients come back in step.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use rand::Rng;
+use stentor_engine::session::client::{Backoff, Draws};
+use stentor_transport::{
+    quic::{self, FrameReader, FrameWriter, QuicConnection},
+    tls::ClientTls,
+};
+
+/// Waits between attempts, with full jitter.
+const RECONNECT: Backoff = Backoff { first_ms: 200, max_ms: 10_000 };
+/// With another gateway to try, a silent one is given up sooner: this much, and as much again per failure.
+const IMPATIENCE: Duration = Duration::from_millis(1_500);
+/// A connection that lived so long was a success: the next failure begins with short waits again.
+pub(crate) const SUCCESS: Duration = Duration::from_secs(5);
+
+/// A fresh connection.
+pub(crate) struct Link {
+    pub(crate) connection: QuicConnection,
+    pub(crate) writer: FrameWriter,
+    pub(crate) reader: FrameReader,
+}
+
+#[derive(Debug)]
+pub(crate) struct Dialer {
+    gateways: Arc<[String]>,
+    tls: ClientTls,
+    next: usize,
+    failures: u32,
+    /// The next attempt needs no wait.
+    at_once: bool,
+    draws: Draws,
+}
+
+impl Dialer {
+    pub(crate) fn new(gateways: Vec<String>, tls: ClientTls) -> Self {
+        let mut random = rand::rng();
+        let next = random.random_range(0..gateways.len().max(1));
+        Self { gateways: gateways.into(), tls, next, failures: 0, at_once: true, draws: Draws::new(random.random()) }
+    }
+
+    /// The next attempt, its wait included, as a future that borrows nothing.
+    pub(crate) fn attempt(&mut self) -> impl Future<Output = Result<Link, String>> + Send + use<> {
+        let at_once = std::mem::take(&mut self.at_once);
+        let wait_ms = if at_once { 0 } else { RECONNECT.wait_ms(self.failures, &mut self.draws) };
+        let patience = (self.gateways.len() > 1).then(|| IMPATIENCE * (self.failures + 1).min(10));
+        let gateways = Arc::clone(&self.gateways);
+        let (at, tls) = (self.next % gateways.len().max(1), self.tls.clone());
+        async move {
+            tokio::time::sleep(Duration::from_millis(wait_ms)).await;
+            let gateway = gateways.get(at).ok_or("no gateway")?;
+            let connecting = connect(gateway, &tls);
+            let linked = match patience {
+                Some(patience) => tokio::time::timeout(patience, connecting).await.map_err(|_| "no answer".to_owned()),
+                None => Ok(connecting.await),
+            };
+            linked.and_then(|link| link).map_err(|e| format!("{gateway}: {e}"))
+        }
+    }
+
+    /// The attempt, or a connection that lived only shortly, failed.
+    pub(crate) fn failed(&mut self) {
+        self.failures = self.failures.saturating_add(1);
+        self.next = self.next.wrapping_add(1);
+    }
+
+    /// A connection that had lived long enough ended.
+    pub(crate) fn lost(&mut self) {
+        self.failures = 0;
+        self.next = self.next.wrapping_add(1);
+    }
+
+    /// The gateway asked to leave, and the wait is over.
+    pub(crate) fn leave(&mut self) {
+        self.lost();
+        self.at_once = true;
+    }
+
+    pub(crate) fn seed(&mut self) -> u64 {
+        self.draws.draw()
+    }
+}
+
+async fn connect(gateway: &str, tls: &ClientTls) -> Result<Link, String> {
+    let address = resolve(gateway).await?;
+    let connection = quic::connect(address, tls).await.map_err(|e| e.to_string())?;
+    let (writer, reader) = connection.open().await.map_err(|e| e.to_string())?;
+    Ok(Link { connection, writer, reader })
+}
+
+async fn resolve(gateway: &str) -> Result<SocketAddr, String> {
+    if let Ok(address) = gateway.parse() {
+        return Ok(address);
+    }
+    let mut found = tokio::net::lookup_host(gateway).await.map_err(|e| e.to_string())?;
+    found.next().ok_or_else(|| "the name has no address".into())
+}
