@@ -1,0 +1,111 @@
+//! The processes of a cluster: started so that they outlive the command, signalled by pid, waited for by their probes.
+//! Must never signal a process that is not the node it was started as: pids are used again.
+
+use std::{
+    fs::{self, File},
+    net::SocketAddr,
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal};
+use stentor_transport::probe;
+
+use super::layout;
+use crate::{
+    cluster_file::{Node, Role},
+    failure::Failure,
+};
+
+const PROBE_WITHIN: Duration = Duration::from_secs(1);
+/// Between two looks at a process that starts or stops.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Starts a node in a process group of its own, its output appended to its log.
+pub(crate) fn spawn(dir: &Path, node: &Node) -> Result<Child, Failure> {
+    let log_path = layout::log_path(dir, &node.name);
+    let failed = |error| Failure::failed(format_args!("cannot start {}: {error}", node.name));
+    fs::create_dir_all(dir.join("logs")).map_err(failed)?;
+    let log = File::options().create(true).append(true).open(&log_path).map_err(failed)?;
+    let verb = match node.role {
+        Role::Broker => "broker",
+        Role::Gateway => "gateway",
+    };
+    Command::new(std::env::current_exe().map_err(failed)?)
+        .arg(verb)
+        .arg("--config")
+        .arg(layout::config_path(dir, &node.name))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().map_err(failed)?)
+        .stderr(log)
+        // Ctrl-C at the command must not reach the cluster.
+        .process_group(0)
+        .spawn()
+        .map_err(failed)
+}
+
+/// Whether the node's process is there, and is that node's.
+pub(crate) fn is_running(dir: &Path, node: &Node) -> bool {
+    let Some(pid) = node.pid else { return false };
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    // The state follows the command's name, which is in parentheses; Z is dead and not yet waited for.
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    if matches!(state, None | Some('Z' | 'X')) {
+        return false;
+    }
+    let config = layout::config_path(dir, &node.name);
+    fs::read(format!("/proc/{pid}/cmdline"))
+        .is_ok_and(|line| line.split(|&b| b == 0).any(|arg| arg == config.as_os_str().as_encoded_bytes()))
+}
+
+/// Sends a signal to the node's process, if it is there.
+pub(crate) fn signal(dir: &Path, node: &Node, signal: Signal) -> Result<(), Failure> {
+    let pid = node.pid.filter(|_| is_running(dir, node)).and_then(|pid| Pid::from_raw(pid as i32));
+    let Some(pid) = pid else { return Ok(()) };
+    match rustix::process::kill_process(pid, signal) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(error) => Err(Failure::failed(format_args!("cannot signal {}: {error}", node.name))),
+    }
+}
+
+/// Waits until the node's process is gone; false when it still is there at the deadline.
+pub(crate) async fn gone(dir: &Path, node: &Node, deadline: Instant) -> bool {
+    while is_running(dir, node) {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    true
+}
+
+/// Waits until the node is `/readyz`.
+pub(crate) async fn ready(dir: &Path, node: &Node, deadline: Instant) -> Result<(), Failure> {
+    let http: SocketAddr = node.http.ok_or_else(|| Failure::failed(format_args!("{} has no probes", node.name)))?;
+    loop {
+        if matches!(probe::status(http, "/readyz", PROBE_WITHIN).await, Ok(200)) {
+            return Ok(());
+        }
+        if !is_running(dir, node) {
+            return Err(Failure::failed(format_args!("{} has ended; {}", node.name, last_words(dir, node))));
+        }
+        if Instant::now() >= deadline {
+            let log = layout::log_path(dir, &node.name);
+            return Err(Failure::failed(format_args!("{} is not ready in time; see {}", node.name, log.display())));
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// The end of a node's log: why it ended, most likely.
+fn last_words(dir: &Path, node: &Node) -> String {
+    let path = layout::log_path(dir, &node.name);
+    let text = fs::read(&path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    match text.lines().rev().find(|line| !line.trim().is_empty()) {
+        Some(line) => format!("its last words: {line}"),
+        None => format!("it said nothing in {}", path.display()),
+    }
+}
