@@ -1,0 +1,33 @@
+# What people and CI call. Everything real is in scripts/, so that each step can be run alone too.
+SHELL := bash
+
+.PHONY: help setup build run test verify fix bench chaos
+help:
+	@echo "make run [ARGS=…]  build, start a cluster in one process, replay real conversations, prove the result"
+	@echo "                   (ARGS=--exit ends after that; ARGS is passed on to 'stentor dev --demo')"
+	@echo "make build         build the binary and print where it is"
+	@echo "make test          all tests and checks"
+	@echo "make verify        read-only checks: format, lints, licences"
+	@echo "make fix           format and apply what clippy can mend by itself"
+
+setup:
+	@scripts/setup.sh
+
+build: setup
+	@. scripts/env.sh && cargo build --release --locked -p stentor-cli && echo "$$CARGO_TARGET_DIR/release/stentor"
+
+run: setup
+	@. scripts/env.sh && cargo build --release --locked -p stentor-cli && \
+	  exec "$$CARGO_TARGET_DIR/release/stentor" dev --demo $(ARGS)
+
+test: setup
+	@scripts/test.sh
+
+verify: setup
+	@scripts/verify.sh
+
+fix: setup
+	@. scripts/env.sh && cargo fmt --all && cargo clippy --release --fix --allow-dirty --allow-staged --workspace --all-targets
+
+bench chaos:
+	@echo "make $@: not built yet" >&2; exit 2
