@@ -7,7 +7,7 @@ version=0.20.2
 root="${XDG_CACHE_HOME:-$HOME/.cache}/stentor/tools"
 if [ "$("$root/bin/cargo-deny" --version 2>/dev/null)" != "cargo-deny $version" ]; then
   echo "deny.sh: building cargo-deny $version once into $root" >&2
-  env -u CARGO_TARGET_DIR RUSTFLAGS= cargo install cargo-deny --version "$version" --locked --quiet --no-default-features \
-    --root "$root" >&2
+  env -u CARGO_TARGET_DIR RUSTFLAGS= cargo install cargo-deny --version "$version" --locked --quiet \
+    --no-default-features --root "$root" >&2
 fi
 exec "$root/bin/cargo-deny" --offline --locked check --hide-inclusion-graph licenses bans sources

@@ -30,6 +30,7 @@ if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
   apt-get install -y -qq --no-install-recommends "${packages[@]}" >&2
 else
   echo "setup: missing: ${packages[*]}" >&2
-  echo "setup: on Debian or Ubuntu: sudo apt-get install ${packages[*]}; elsewhere install their like, or set LIBCLANG_PATH" >&2
+  echo "setup: on Debian or Ubuntu: sudo apt-get install ${packages[*]}" >&2
+  echo "setup: elsewhere install their like, or set LIBCLANG_PATH" >&2
   exit 1
 fi

@@ -215,5 +215,5 @@ pub const CALL_PATIENCE_MS: u64 = 10_000;
 pub const FORWARDED_CALLS: usize = 4_096;
 /// Outbox items that one shard's leader carries at once.
 pub const OUTBOX_IN_FLIGHT: usize = 64;
-/// Pause before a stream or a registration that was refused for now is tried again, in ms: an election takes as long.
+/// Pause before a stream or a registration with a retryable refusal is tried again, in ms: an election takes as long.
 pub const RETRY_MS: u64 = 500;

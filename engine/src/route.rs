@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use stentor_proto::{Bytes, ids::BrokerId};
 
-/// The pipe has no room: the caller refuses the command for now (`OVERLOADED`); nothing changed.
+/// The pipe has no room: the caller answers `OVERLOADED`, which is retryable; nothing changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("too many unanswered proposals for one shard")]
 pub struct Full;

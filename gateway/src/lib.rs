@@ -36,6 +36,8 @@ use crate::{core::Core, metrics::Metrics};
 const POLL: Duration = Duration::from_millis(10);
 /// How long the last proposals (cursor moves of sessions that just ended) may take when the gateway stops.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
+/// What a session may take for its last words after it was told to end: writing them, and their acknowledgement.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Packets that say goodbye.
 const LAST_PACKETS: Duration = Duration::from_secs(1);
 
@@ -141,7 +143,7 @@ impl Gateway {
         self.probes.set_ready(false);
         self.core.draining.send_replace(true);
         // Sessions close by themselves at most a quarter after the drain time.
-        let longest = Duration::from_millis(u64::from(self.core.config.limits.drain_ms) * 5 / 4) + LAST_PACKETS;
+        let longest = Duration::from_millis(u64::from(self.core.config.limits.drain_ms) * 5 / 4) + LAST_WORDS;
         let _ = timeout(longest, until(|| self.core.metrics.connections.get() == 0)).await;
         self.listener.close("DRAINING");
         let _ = timeout(LAST_ANSWERS, until(|| self.core.is_idle())).await;

@@ -87,7 +87,7 @@ pub(crate) struct Shard {
     beat_ms: u64,
     term: u64,
     not_before_ms: u64,
-    /// Registrations that were refused for now are tried again then.
+    /// Registrations that got a retryable refusal are tried again then.
     register_at_ms: Option<u64>,
 }
 
@@ -121,7 +121,7 @@ impl Shard {
         self.flush(around);
     }
 
-    /// Appends proposals in their order; what does not fit is refused for now.
+    /// Appends proposals in their order; what does not fit gets a retryable refusal.
     pub(crate) fn propose(&mut self, commands: impl Iterator<Item = (Bytes, Ticket)>, around: &Around<'_>) {
         for (command, ticket) in commands {
             if self.pipe.has_room(command.len()) {
@@ -234,7 +234,7 @@ impl Shard {
         }
     }
 
-    /// Time passes: silent leaders are left, what waited too long is refused for now.
+    /// Time passes: silent leaders are left, what waited too long gets a retryable refusal.
     pub(crate) fn tick(&mut self, around: &Around<'_>) {
         let before_ms = around.now_ms.saturating_sub(limits::ANSWER_WITHIN_MS);
         let unavailable = || Err(Reason::Unavailable.refusal());

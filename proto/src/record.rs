@@ -37,7 +37,7 @@ pub enum BadRecord {
     Header,
 }
 
-/// A decoded record; `body` shares the record's memory.
+/// A decoded record; the body and the header's texts share the record's memory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
     /// Who, what, when.
@@ -109,8 +109,8 @@ pub fn verify(record: &[u8], key_crc: u32) -> Result<(), BadRecord> {
 pub fn decode(record: &Bytes, key_crc: u32) -> Result<Event, BadRecord> {
     verify(record, key_crc)?;
     let header_len = record.as_ref().get_u32_le() as usize;
-    let header =
-        EventHeader::decode(&record[PREFIX_BYTES..PREFIX_BYTES + header_len]).map_err(|_| BadRecord::Header)?;
+    let header = record.slice(PREFIX_BYTES..PREFIX_BYTES + header_len);
+    let header = EventHeader::decode(header).map_err(|_| BadRecord::Header)?;
     Ok(Event { header, body: record.slice(PREFIX_BYTES + header_len..) })
 }
 

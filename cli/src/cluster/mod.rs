@@ -146,6 +146,9 @@ impl Folder {
         let mut children = Vec::new();
         for name in names {
             let node = self.node(name)?;
+            if process::is_dying(&node) && !process::gone(&self.dir, &node, deadline).await {
+                return Err(Failure::failed(format_args!("{name} was killed and does not end")));
+            }
             if process::is_running(&self.dir, &node) {
                 continue;
             }

@@ -46,18 +46,46 @@ pub(crate) fn spawn(dir: &Path, node: &Node) -> Result<Child, Failure> {
         .map_err(failed)
 }
 
-/// Whether the node's process is there, and is that node's.
+/// Whether the node's process is there, and is that node's. One that is dying still is: it holds its ports and its
+/// data directory until its last thread, perhaps in an fsync, has ended.
 pub(crate) fn is_running(dir: &Path, node: &Node) -> bool {
     let Some(pid) = node.pid else { return false };
-    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    // The state follows the command's name, which is in parentheses; Z is dead and not yet waited for.
-    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-    if matches!(state, None | Some('Z' | 'X')) {
-        return false;
+    match state_of(Path::new(&format!("/proc/{pid}"))) {
+        None => false,
+        Some(State::Dead) => has_living_threads(pid),
+        Some(State::Alive) => {
+            let config = layout::config_path(dir, &node.name);
+            fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line.split(|&b| b == 0).any(|arg| arg == config.as_os_str().as_encoded_bytes()))
+        }
     }
-    let config = layout::config_path(dir, &node.name);
-    fs::read(format!("/proc/{pid}/cmdline"))
-        .is_ok_and(|line| line.split(|&b| b == 0).any(|arg| arg == config.as_os_str().as_encoded_bytes()))
+}
+
+/// Whether the node's process has been killed and is still ending.
+pub(crate) fn is_dying(node: &Node) -> bool {
+    let Some(pid) = node.pid else { return false };
+    state_of(Path::new(&format!("/proc/{pid}"))) == Some(State::Dead) && has_living_threads(pid)
+}
+
+#[derive(PartialEq, Eq)]
+enum State {
+    Alive,
+    /// A zombie: only its exit code is left, of this thread at least.
+    Dead,
+}
+
+/// From `stat`, where the state follows the command's name, which is in parentheses.
+fn state_of(proc: &Path) -> Option<State> {
+    let stat = fs::read_to_string(proc.join("stat")).ok()?;
+    match stat.rsplit_once(") ")?.1.chars().next()? {
+        'Z' | 'X' => Some(State::Dead),
+        _ => Some(State::Alive),
+    }
+}
+
+fn has_living_threads(pid: u32) -> bool {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    tasks.flatten().any(|task| state_of(&task.path()) == Some(State::Alive))
 }
 
 /// Sends a signal to the node's process, if it is there.
