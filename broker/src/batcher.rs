@@ -172,8 +172,8 @@ pub(crate) struct Parts {
     pub(crate) own: BrokerId,
 }
 
-/// Starts a shard's batcher; it ends with `stop`.
-pub(crate) fn start(parts: Parts, stop: CancellationToken) -> Proposer {
+/// A shard's batcher, and the task that it is; it ends with `stop`.
+pub(crate) fn start(parts: Parts, stop: CancellationToken) -> (Proposer, impl Future<Output = ()> + Send + 'static) {
     let (sender, receiver) = mpsc::channel(limits::BATCHER_COMMANDS);
     let waiting_bytes = Arc::new(AtomicUsize::new(0));
     let proposer = Proposer {
@@ -196,8 +196,7 @@ pub(crate) fn start(parts: Parts, stop: CancellationToken) -> Proposer {
         stamps: None,
         origin: Instant::now(),
     };
-    tokio::spawn(batcher.run(stop));
-    proposer
+    (proposer, batcher.run(stop))
 }
 
 type Ending = std::pin::Pin<Box<dyn Future<Output = (Vec<Reply>, Option<ClientWriteResult<TypeConfig>>)> + Send>>;

@@ -94,7 +94,8 @@ impl Calls {
         }
     }
 
-    fn broken(&self) {
+    /// The stream is gone, and with it every answer.
+    pub(crate) fn broken(&self) {
         let mut state = self.state.lock();
         if let Some(queue) = state.queue.take() {
             queue.close();

@@ -48,7 +48,7 @@ impl Broker for GatewayService {
     async fn attach(&self, request: Request<Streaming<GatewayBatch>>) -> Result<Response<Self::AttachStream>, Status> {
         let stream = Attached::new("a caller".into());
         let outgoing = Batches::of(stream.queue.clone()).map(|frames| Ok(BrokerBatch { frames }));
-        tokio::spawn(serve(self.node.clone(), request.into_inner(), stream));
+        self.node.spawn(serve(self.node.clone(), request.into_inner(), stream));
         Ok(Response::new(Box::pin(outgoing)))
     }
 

@@ -59,13 +59,13 @@ pub(crate) async fn open(
         .map_err(|e| HostError::Raft(shard, e.to_string()))?;
     if silent {
         let (raft, left) = (raft.clone(), node.first_lease_left());
-        tokio::spawn(async move {
+        node.spawn(async move {
             tokio::time::sleep(left).await;
             raft.runtime_config().elect(true);
         });
     }
     let (known, leadership) = watch::channel(Leadership::default());
-    let proposer = batcher::start(
+    let (proposer, batching) = batcher::start(
         batcher::Parts {
             raft: raft.clone(),
             reader: parts.reader.clone(),
@@ -77,13 +77,14 @@ pub(crate) async fn open(
         },
         node.stop.clone(),
     );
+    node.spawn(batching);
     let following = follow_leadership(raft.clone(), parts.reader.clone(), effects.clone(), known, node.stop.clone());
-    tokio::spawn(following);
+    node.spawn(following);
     let reader = parts.reader;
     let hosted = HostedShard { shard, own, raft, reader, slots, voted_before, leadership, proposer, effects };
     let hosted = Arc::new(hosted);
     node.host(hosted.clone());
-    tokio::spawn(outbox::run(node.clone(), hosted.clone(), hints));
+    node.spawn(outbox::run(node.clone(), hosted.clone(), hints));
     Ok(hosted)
 }
 

@@ -7,9 +7,10 @@ use std::{
 
 use arc_swap::ArcSwap;
 use hashbrown::HashMap;
+use parking_lot::Mutex;
 use stentor_proto::ids::{BrokerId, ShardId};
 use stentor_raft_store::Store;
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -32,6 +33,8 @@ pub(crate) struct Node {
     pub(crate) started: Instant,
     pub(crate) failed: watch::Sender<Option<String>>,
     hosted: ArcSwap<HashMap<ShardId, Arc<HostedShard>>>,
+    /// Everything that runs beside calls: a stopped broker must hold nothing of its directory any more.
+    tasks: Mutex<JoinSet<()>>,
 }
 
 /// What [`Node::new`] takes: everything but what is made here.
@@ -63,7 +66,32 @@ impl Node {
             started,
             failed: watch::Sender::new(None),
             hosted: ArcSwap::default(),
+            tasks: Mutex::default(),
         })
+    }
+
+    /// Runs a task that ends with this broker.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock();
+        while tasks.try_join_next().is_some() {}
+        if !self.stop.is_cancelled() {
+            tasks.spawn(task);
+        }
+    }
+
+    /// Ends all tasks, and what waits for other brokers. `stop` must have been cancelled.
+    pub(crate) async fn end_tasks(&self) {
+        let mut tasks = std::mem::take(&mut *self.tasks.lock());
+        tasks.shutdown().await;
+        self.peers.close();
+        self.links.close();
+    }
+
+    /// Lets go of all replicas.
+    pub(crate) fn let_go(&self) -> Vec<Arc<HostedShard>> {
+        let all = self.all_hosted();
+        self.hosted.store(Arc::default());
+        all
     }
 
     /// The replica of a shard, if this broker has one.

@@ -27,6 +27,13 @@ use crate::{
 /// The calls to all other brokers.
 pub(crate) struct Peers(pub(crate) HashMap<BrokerId, Arc<Calls>>);
 
+impl Peers {
+    /// Whoever waits for an answer learns that none will come.
+    pub(crate) fn close(&self) {
+        self.0.values().for_each(|calls| calls.broken());
+    }
+}
+
 /// Whether a command may be proposed again when nobody knows whether it was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Retry {

@@ -20,7 +20,7 @@ use stentor_proto::{
         users_server::UsersServer,
     },
 };
-use stentor_raft_store::{Identity, META_SLOTS, OpenError, StoreError, types::TypeConfig};
+use stentor_raft_store::{Identity, META_SLOTS, OpenError, Store, StoreError, types::TypeConfig};
 use stentor_transport::{
     bind::{self, BindError},
     grpc::{self, Routes},
@@ -107,7 +107,7 @@ pub struct Addresses {
     pub http: SocketAddr,
 }
 
-/// A running broker. Dropping it without [`Broker::shutdown`] leaves its tasks running until the runtime ends.
+/// A running broker. Must be stopped by [`Broker::shutdown`] or [`Broker::halt`]: dropping it ends only a part.
 pub struct Broker {
     node: Arc<Node>,
     addresses: Addresses,
@@ -117,6 +117,8 @@ pub struct Broker {
 
 /// How long a stopping broker waits for others to take over what it leads.
 const HAND_OVER: Duration = Duration::from_millis(1_500);
+/// How long it waits for calls under way to let go of the directory.
+const RELEASE: Duration = Duration::from_secs(10);
 
 /// Starts a broker: opens its directory, listens, and begins to take part. Returns before it is ready ([`Broker::ready`]).
 ///
@@ -189,7 +191,8 @@ fn check_directory(config: &BrokerConfig, identity: Option<&Identity>) -> Result
 /// A peer is back: whatever waited before trying it again need not wait longer.
 fn reset_backoff(known: &OnceLock<Weak<Node>>, peer: BrokerId) {
     let Some(node) = known.get().and_then(Weak::upgrade) else { return };
-    tokio::spawn(async move {
+    let asked = node.clone();
+    asked.spawn(async move {
         for hosted in node.all_hosted().into_iter().filter(|hosted| hosted.leadership().leads) {
             let replicas: Vec<_> = hosted.raft.voter_ids().chain(hosted.raft.learner_ids()).collect();
             let back = replicas.into_iter().filter(|replica| replica.broker == peer);
@@ -456,14 +459,34 @@ impl Broker {
     }
 
     /// Stops without handing anything over, as a crash would; what was acknowledged is on disk already.
-    pub async fn halt(mut self) {
-        self.node.stop.cancel();
-        self.tasks.shutdown().await;
-        for hosted in self.node.all_hosted() {
+    pub async fn halt(self) {
+        let Self { node, mut tasks, mut servers, .. } = self;
+        node.stop.cancel();
+        tasks.shutdown().await;
+        node.end_tasks().await;
+        for hosted in node.let_go() {
             // An error means that the replica had stopped before.
             let _ = hosted.raft.shutdown().await;
         }
-        self.node.store.close().await;
-        while self.servers.join_next().await.is_some() {}
+        while servers.join_next().await.is_some() {}
+        let store = node.store.clone();
+        drop(node);
+        store.close().await;
+        released(store).await;
+    }
+}
+
+/// Waits until the directory is free, so that whoever starts next can have it.
+async fn released(store: Arc<Store>) {
+    let (deadline, weak) = (Instant::now() + RELEASE, Arc::downgrade(&store));
+    while !store.is_released() && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    drop(store);
+    while weak.strong_count() > 0 && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    if weak.strong_count() > 0 {
+        tracing::warn!("something still holds the data directory");
     }
 }

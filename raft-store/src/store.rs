@@ -471,6 +471,13 @@ impl Store {
             .map_err(|e| StoreError::Damaged { shard, what: format!("staging a snapshot: {e}") })
     }
 
+    /// Whether nothing that was handed out (logs, machines, readers) is held any more: after [`Self::close`], dropping
+    /// the store then frees the directory at once.
+    pub fn is_released(&self) -> bool {
+        let one_owner = |core: &Arc<ShardCore>| Arc::strong_count(core) == 1 && Arc::strong_count(&core.log) == 1;
+        self.shards.lock().values().all(one_owner) && Arc::strong_count(&self.parts.state_db) == 1
+    }
+
     /// Stops the threads after what was queued is on disk. Handles given out answer errors afterwards.
     pub async fn close(&self) {
         for core in self.cores() {

@@ -152,7 +152,8 @@ impl Link {
         self.state.lock().queue = Some(queue);
     }
 
-    fn broken(&self) {
+    /// The stream is gone: everything pending fails.
+    pub(crate) fn broken(&self) {
         let pending = {
             let mut state = self.state.lock();
             if let Some(queue) = state.queue.take() {

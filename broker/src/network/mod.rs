@@ -66,6 +66,14 @@ impl Links {
         })
     }
 
+    /// Whatever waits for a peer fails now.
+    pub(crate) fn close(&self) {
+        self.peers.values().for_each(|peer| {
+            peer.control.broken();
+            peer.append.broken();
+        });
+    }
+
     /// The connection for calls and snapshots.
     pub(crate) fn channel(&self, peer: BrokerId) -> Option<Channel> {
         self.peers.get(&peer).map(|peer| peer.bulk.clone())

@@ -74,7 +74,7 @@ impl Peer for PeerService {
 fn serve(node: Arc<Node>, lane: Lane, inbound: Streaming<PeerBatch>) -> Outgoing {
     let queue = FrameQueue::new(limits::PEER_QUEUE_BYTES);
     let own = node.broker;
-    tokio::spawn(work(node, inbound, queue.clone()));
+    node.spawn(work(node.clone(), inbound, queue.clone()));
     Box::pin(batches(queue, lane, own).map(Ok))
 }
 
