@@ -115,6 +115,7 @@ pub(crate) async fn install(
         return Err(damaged("a snapshot is not the one that it was announced as".into()));
     }
     let staged = stage(core, parts, snapshot).await?;
+    let closed = core.gate.clone().write_owned().await;
     quiesce(core).await;
     // Truncations and votes that were queued before must not come after.
     core.log.send_and_wait(|done| Op::Barrier { done }).await?;
@@ -129,6 +130,8 @@ pub(crate) async fn install(
     };
     let (work, target) = (parts.clone(), core.clone());
     let replaced = tokio::task::spawn_blocking(move || {
+        // Moved in here: even a caller that gives up must not let readers in half-way.
+        let _closed = closed;
         write_manifest(&work.install_dir, &manifest)?;
         replace(&work.state_db, &work.install_dir, &manifest)?;
         finish(&work.install_dir, shard)?;

@@ -76,13 +76,18 @@ pub struct ShardReader {
 }
 
 impl ShardReader {
-    /// Runs a read on a thread that may block on the disk.
+    /// Runs a read on a thread that may block on the disk, never while a snapshot is replacing what is there.
     async fn blocking<R: Send + 'static>(
         &self,
         read: impl FnOnce(&ShardCore, &DB) -> Result<R, ReadError> + Send + 'static,
     ) -> Result<R, ReadError> {
+        let open = self.core.gate.clone().read_owned().await;
         let (core, db) = (self.core.clone(), self.parts.state_db.clone());
-        tokio::task::spawn_blocking(move || read(&core, &db)).await.map_err(|_| ReadError::Stopped)?
+        let read = move || {
+            let _open = open;
+            read(&core, &db)
+        };
+        tokio::task::spawn_blocking(read).await.map_err(|_| ReadError::Stopped)?
     }
 
     /// A row as of every applied entry.

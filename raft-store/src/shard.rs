@@ -159,6 +159,8 @@ pub(crate) struct ShardCore {
     pub(crate) undurable_rows: AtomicUsize,
     /// A snapshot is being installed: no cut may begin.
     pub(crate) installing: AtomicBool,
+    /// Closed while a snapshot replaces the rows on disk: whoever read then would see half of two states.
+    pub(crate) gate: Arc<tokio::sync::RwLock<()>>,
     /// Wakes who waits for a cut to be through.
     pub(crate) thawed: Notify,
 }

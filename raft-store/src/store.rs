@@ -362,6 +362,7 @@ impl Store {
             asked_ms: AtomicU64::new(0),
             undurable_rows: AtomicUsize::new(0),
             installing: AtomicBool::new(false),
+            gate: Arc::default(),
             thawed: Notify::new(),
         });
         self.shards.lock().insert(shard, core.clone());
