@@ -72,6 +72,7 @@ pub fn refused_send(command: &Command, reason: Reason) -> Option<Command> {
         send_no: send.send_no,
         done_no: send.done_no,
         sent_at_ms: send.sent_at_ms,
+        session_no: send.session_no,
         refused: reason as u32,
         ..Send::default()
     };

@@ -123,6 +123,17 @@ fn open_sends_are_bounded_and_stored_answers_make_room() {
 }
 
 #[test]
+fn a_late_send_of_an_old_session_takes_no_number_but_is_told_its_answers() {
+    let mut shard = Shard::with(ConversationKind::Group);
+    let numbered = |session_no: u64, send_no: u64, body: &str| send(Send { session_no, send_no, ..text(body) });
+    let first = seq(&shard.apply(&numbered(7, 1, "old")));
+    assert_eq!(seq(&shard.apply(&numbered(8, 2, "new"))), first + 1);
+    assert_eq!(refused(shard.apply(&numbered(7, 3, "late"))), Reason::SessionSuperseded);
+    assert_eq!(seq(&shard.apply(&numbered(7, 1, "old"))), first, "what has its answer keeps it");
+    assert_eq!(seq(&shard.apply(&numbered(8, 3, "newer"))), first + 2, "the number was not taken");
+}
+
+#[test]
 fn a_refusal_for_good_consumes_its_number_and_stays() {
     let mut shard = Shard::with(ConversationKind::Group);
     let empty = send(Send { send_no: 1, ..text("") });

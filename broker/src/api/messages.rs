@@ -98,6 +98,8 @@ impl Api {
             expect_version: send.expect_version,
             expect_epoch: send.expect_epoch,
             refused: 0,
+            // A device of this API has no sessions; its numbers alone keep its order.
+            session_no: 0,
         };
         let made = command::send(&claims.app, &conversation, made);
         match self.propose(&claims.app, &conversation, &made, retry(has_key)).await? {

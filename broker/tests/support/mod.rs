@@ -46,8 +46,10 @@ pub struct Cluster {
     key: String,
 }
 
+/// Below the range from which outgoing connections get theirs: a broker that is down must find its port free again.
 fn free_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    let mut ports = std::iter::repeat_with(|| SocketAddr::from(([127, 0, 0, 1], rand::random_range(18_000..32_000))));
+    ports.find(|port| TcpListener::bind(port).is_ok()).unwrap()
 }
 
 /// Waits for a condition, with a deadline that only a fault reaches.

@@ -36,6 +36,11 @@ pub(crate) fn judge(row: Option<&SendStateRow>, send: &Send, hash: u64) -> Resul
         let same = result.command_hash == hash;
         return Ok(if same { Judged::First(result) } else { Judged::Refused(Reason::SendNoTaken) });
     }
+    // Otherwise a late send of an old session could take a number in the middle of the new one's (I10). Only here: what
+    // has its answer keeps it, whoever asks.
+    if send.session_no > 0 && row.is_some_and(|row| row.session_no > send.session_no) {
+        return Ok(Judged::Refused(Reason::SessionSuperseded));
+    }
     // `shape` has made sure that done_no < send_no, so that it cannot pass `last` here.
     let open = last - done_no.max(send.done_no);
     Ok(if open >= limits::MAX_OPEN_SENDS { Judged::Refused(Reason::TooManyOpenSends) } else { Judged::Fresh })
@@ -68,12 +73,14 @@ impl Numbered {
             Outcome::SessionOpened { .. } | Outcome::Done => {}
         }
         if !self.exists {
-            let row = SendStateRow { last: send.send_no, done_no: send.done_no, results: vec![result] };
+            let (last, done_no, session_no) = (send.send_no, send.done_no, send.session_no);
+            let row = SendStateRow { last, done_no, results: vec![result], session_no };
             rows.put(self.key, row.into());
             return Ok(());
         }
         let row = state::change::<SendStateRow>(rows, &self.key)?;
         row.last = send.send_no;
+        row.session_no = row.session_no.max(send.session_no);
         if row.done_no < send.done_no {
             row.done_no = send.done_no;
             let answered = row.results.partition_point(|r| r.send_no <= send.done_no);

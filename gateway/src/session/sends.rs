@@ -55,6 +55,7 @@ impl Session {
             expect_version: send.expect_version,
             expect_epoch: send.expect_epoch,
             refused: 0,
+            session_no: self.server.session_no().0,
         };
         let command = command::send(&self.who.app, &conversation, send);
         let checked = match command::check(&command) {
