@@ -120,7 +120,8 @@ const HAND_OVER: Duration = Duration::from_millis(1_500);
 /// How long it waits for calls under way to let go of the directory.
 const RELEASE: Duration = Duration::from_secs(10);
 
-/// Starts a broker: opens its directory, listens, and begins to take part. Returns before it is ready ([`Broker::ready`]).
+/// Starts a broker: opens its directory, listens, and begins to take part. Returns before it is ready: see
+/// [`Broker::ready`].
 ///
 /// # Errors
 /// See [`StartError`].

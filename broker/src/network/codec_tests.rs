@@ -41,7 +41,7 @@ proptest! {
 
     #[test]
     fn votes_round_trip(term: u64, broker: u32, committed: bool, granted: bool, transfer: bool, last: Option<u64>) {
-        let vote = if committed { Vote::new_committed(term, replica(broker)) } else { Vote::new(term, replica(broker)) };
+        let vote = Vote { committed, ..Vote::new(term, replica(broker)) };
         let mut request = VoteRequest::new(vote, last.map(|index| wire::log_id(1, index)));
         request.leadership_transfer = transfer;
         prop_assert_eq!(decode_vote(&encode_vote(&request)).unwrap(), request);

@@ -82,6 +82,7 @@ async fn work(node: Arc<Node>, mut inbound: Streaming<PeerBatch>, queue: Arc<Fra
     let mut in_flight = FuturesUnordered::new();
     let stop = node.stop.clone();
     loop {
+        let room = in_flight.len() < limits::PEER_REQUESTS_IN_FLIGHT;
         tokio::select! {
             biased;
             Some(frame) = in_flight.next(), if !in_flight.is_empty() => {
@@ -90,7 +91,7 @@ async fn work(node: Arc<Node>, mut inbound: Streaming<PeerBatch>, queue: Arc<Fra
                 }
             }
             () = stop.cancelled() => break,
-            batch = next_batch(&mut inbound, &queue), if in_flight.len() < limits::PEER_REQUESTS_IN_FLIGHT => match batch {
+            batch = next_batch(&mut inbound, &queue), if room => match batch {
                 Ok(Some(batch)) => batch.frames.into_iter().for_each(|frame| {
                     if let Some(ready) = begin(&node, frame, &mut in_flight) {
                         queue.push(ready, limits::PEER_SMALL_FRAME_BYTES);
