@@ -4,10 +4,15 @@
 # Must never touch anything when nothing is missing.
 set -euo pipefail
 
+# libclang-cpp, which other packages bring, is another library.
 have_libclang() {
   [ -n "${LIBCLANG_PATH:-}" ] && return 0
-  ldconfig -p 2>/dev/null | grep -q 'libclang[-.0-9]*\.so' && return 0
-  compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || compgen -G '/usr/lib*/libclang*.so*' >/dev/null
+  ldconfig -p 2>/dev/null | grep -qE 'libclang(-[0-9.]+)?\.so' && return 0
+  local name
+  for name in 'libclang.so*' 'libclang-[0-9]*.so*'; do
+    compgen -G "/usr/lib/llvm-*/lib/$name" >/dev/null || compgen -G "/usr/lib*/$name" >/dev/null && return 0
+  done
+  return 1
 }
 
 if ! command -v cargo >/dev/null; then
