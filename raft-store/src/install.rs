@@ -130,8 +130,8 @@ pub(crate) async fn install(
     };
     let (work, target) = (parts.clone(), core.clone());
     let replaced = tokio::task::spawn_blocking(move || {
-        // Moved in here: even a caller that gives up must not let readers in half-way.
-        let _closed = closed;
+        // Moved in here: even a caller that gives up must not let readers in half-way, nor another snapshot.
+        let _held = (closed, staged.claim);
         write_manifest(&work.install_dir, &manifest)?;
         replace(&work.state_db, &work.install_dir, &manifest)?;
         finish(&work.install_dir, shard)?;
@@ -155,7 +155,8 @@ async fn stage(core: &ShardCore, parts: &Parts, mut snapshot: SnapshotRows) -> R
     let damaged = |what: String| StoreError::Damaged { shard, what };
     let path = rows_path(&parts.install_dir, shard);
     let applied = snapshot.applied().clone();
-    let receiver = SnapshotReceiver::create(core, &path, applied);
+    let claim = core.staging.clone().lock_owned().await;
+    let receiver = SnapshotReceiver::create(core, &path, applied, claim);
     let mut receiver = receiver.map_err(|e| damaged(format!("staging a snapshot: {e}")))?;
     while let Some(chunk) = snapshot.next_chunk().await.map_err(|e| damaged(e.to_string()))? {
         receiver.push(chunk).await?;

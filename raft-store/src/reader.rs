@@ -75,6 +75,9 @@ pub struct ShardReader {
     pub(crate) parts: Parts,
 }
 
+/// Records read at a time on the way back: a page has some fifty, and a record may be large.
+const BACKWARD_WINDOW: u64 = 32;
+
 impl ShardReader {
     /// Runs a read on a thread that may block on the disk, never while a snapshot is replacing what is there.
     async fn blocking<R: Send + 'static>(
@@ -143,22 +146,31 @@ impl ShardReader {
         max_bytes: usize,
     ) -> Result<Vec<Bytes>, ReadError> {
         let conversation = conversation.clone();
-        let limit = limit as u64;
         self.blocking(move |core, db| {
             let head = match core.state.lock().cache.peek(&conversation.head()) {
                 Some(Some(Row::Conversation(head))) => *head,
                 _ => return Ok(Vec::new()),
             };
-            let end = before.0.min(head.next_seq);
-            let from = end.saturating_sub(limit).max(head.first_seq).max(1);
-            let all = events(core, db, &conversation, Want { from, to: end.saturating_sub(1), max_bytes: usize::MAX })?;
-            let mut bytes = 0;
-            let fit = all.iter().rev().take_while(|event| {
-                bytes += event.len();
-                bytes <= max_bytes
-            });
-            let keep = fit.count().max(1);
-            Ok(all[all.len().saturating_sub(keep)..].to_vec())
+            let floor = head.first_seq.max(1);
+            let mut end = before.0.min(head.next_seq);
+            let (mut kept, mut bytes) = (Vec::new(), 0);
+            while end > floor && kept.len() < limit {
+                // Windows: the byte limit is known to hold only for what has been read.
+                let window = BACKWARD_WINDOW.min((limit - kept.len()) as u64);
+                let from = end.saturating_sub(window).max(floor);
+                let page = events(core, db, &conversation, Want { from, to: end - 1, max_bytes: usize::MAX })?;
+                for event in page.into_iter().rev() {
+                    bytes += event.len();
+                    if bytes > max_bytes && !kept.is_empty() {
+                        kept.reverse();
+                        return Ok(kept);
+                    }
+                    kept.push(event);
+                }
+                end = from;
+            }
+            kept.reverse();
+            Ok(kept)
         })
         .await
     }

@@ -161,6 +161,8 @@ pub(crate) struct ShardCore {
     pub(crate) installing: AtomicBool,
     /// Closed while a snapshot replaces the rows on disk: whoever read then would see half of two states.
     pub(crate) gate: Arc<tokio::sync::RwLock<()>>,
+    /// Whose the staging file is: one snapshot at a time, from its first chunk until it is installed or abandoned.
+    pub(crate) staging: Arc<tokio::sync::Mutex<()>>,
     /// Wakes who waits for a cut to be through.
     pub(crate) thawed: Notify,
 }

@@ -21,7 +21,7 @@ use stentor_proto::{
     internal::AppliedRow,
     record,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use crate::{
     blocks::Block,
@@ -65,6 +65,8 @@ pub(crate) struct Staged {
     pub(crate) bytes: u64,
     pub(crate) crc: u32,
     pub(crate) row_count: u64,
+    /// As long as it lives nobody else writes the file.
+    pub(crate) claim: Arc<OwnedMutexGuard<()>>,
 }
 
 impl SnapshotRows {
@@ -221,9 +223,14 @@ struct Staging {
 }
 
 impl SnapshotReceiver {
-    pub(crate) fn create(core: &ShardCore, path: &Path, applied: AppliedRow) -> io::Result<Self> {
+    pub(crate) fn create(
+        core: &ShardCore,
+        path: &Path,
+        applied: AppliedRow,
+        claim: OwnedMutexGuard<()>,
+    ) -> io::Result<Self> {
         let file = Some(File::create(path)?);
-        let staged = Staged { bytes: 0, crc: 0, row_count: 0 };
+        let staged = Staged { bytes: 0, crc: 0, row_count: 0, claim: Arc::new(claim) };
         let crc = crc32fast::Hasher::new();
         let (shard, slots) = (core.shard, core.slots.clone());
         Ok(Self { staging: Staging { shard, slots, file, staged, crc, last_key: Vec::new() }, applied, done: false })

@@ -363,6 +363,7 @@ impl Store {
             undurable_rows: AtomicUsize::new(0),
             installing: AtomicBool::new(false),
             gate: Arc::default(),
+            staging: Arc::default(),
             thawed: Notify::new(),
         });
         self.shards.lock().insert(shard, core.clone());
@@ -460,15 +461,16 @@ impl Store {
         }
     }
 
-    /// Begins to receive a snapshot for a shard: chunks are verified and staged on disk. One at a time per shard; an
-    /// abandoned one is overwritten.
+    /// Begins to receive a snapshot for a shard: chunks are verified and staged on disk. One at a time per shard: this
+    /// waits until the one before is installed or abandoned.
     ///
     /// # Errors
     /// [`StoreError::UnknownShard`]; [`StoreError::Damaged`] when the staging file cannot be made. Nothing changed.
     pub async fn receive_snapshot(&self, shard: ShardId, applied: &AppliedRow) -> Result<SnapshotReceiver, StoreError> {
         let core = self.shards.lock().get(&shard).cloned().ok_or(StoreError::UnknownShard(shard))?;
         let path = install::rows_path(&self.parts.install_dir, shard);
-        SnapshotReceiver::create(&core, &path, applied.clone())
+        let claim = core.staging.clone().lock_owned().await;
+        SnapshotReceiver::create(&core, &path, applied.clone(), claim)
             .map_err(|e| StoreError::Damaged { shard, what: format!("staging a snapshot: {e}") })
     }
 

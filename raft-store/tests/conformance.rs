@@ -16,14 +16,26 @@ mod support;
 
 struct Builder;
 
-impl StoreBuilder<TypeConfig, ShardLog, ShardMachine, (Arc<Store>, tempfile::TempDir)> for Builder {
-    async fn build(
-        &self,
-    ) -> Result<((Arc<Store>, tempfile::TempDir), ShardLog, ShardMachine), StorageError<TypeConfig>> {
+/// Ends the store's threads with its test: one that still runs when the process ends finds RocksDB taken apart.
+struct Guard {
+    store: Arc<Store>,
+    _dir: tempfile::TempDir,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let store = self.store.clone();
+        let close = move || tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(store.close());
+        std::thread::spawn(close).join().unwrap();
+    }
+}
+
+impl StoreBuilder<TypeConfig, ShardLog, ShardMachine, Guard> for Builder {
+    async fn build(&self) -> Result<(Guard, ShardLog, ShardMachine), StorageError<TypeConfig>> {
         let dir = tempfile::tempdir().unwrap();
         let store = support::open_quiet(dir.path());
         let shard = store.shard(ShardId(1), support::SLOTS).await.unwrap();
-        Ok(((store, dir), shard.log, shard.machine))
+        Ok((Guard { store, _dir: dir }, shard.log, shard.machine))
     }
 }
 

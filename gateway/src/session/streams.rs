@@ -81,9 +81,10 @@ impl Streams {
         self.later.front().map(|&(at, _)| at).into_iter().chain(list).min()
     }
 
-    /// How far a conversation was handed on, if it is followed.
+    /// How far a conversation was handed on, if it is followed. Nothing before its head is known: where the device says
+    /// that it stands is only a claim until then.
     pub(super) fn delivered(&self, conversation: &str) -> Option<Seq> {
-        let stream = self.streams.get(self.names.get(conversation)?)?;
+        let stream = self.streams.get(self.names.get(conversation)?).filter(|stream| stream.target.is_some())?;
         let begin = match stream.from {
             From::After(seq) => seq,
             From::Head => Seq(0),
@@ -110,6 +111,8 @@ impl Session {
         let from = if subscribe.from_head { From::Head } else { From::After(Seq(subscribe.after_seq)) };
         if let Some(&id) = self.streams.names.get(subscribe.conversation.as_str()) {
             self.remove(id);
+            // A resume may have waited for just this one.
+            self.check_up_to_date();
         }
         self.begin(&subscribe.conversation, from, false, (0, 0));
     }
