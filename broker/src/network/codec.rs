@@ -76,7 +76,10 @@ pub(crate) fn encode_append(shard: ShardId, request: &Request) -> EncodedAppend 
 pub(crate) fn decode_append(shard: ShardId, message: internal::AppendRequest) -> Result<Request, BadMessage> {
     let vote = message.vote.as_ref().map(wire::vote_from_proto).ok_or(BadMessage::Missing("vote"))?;
     let prev_log_id = message.prev.as_ref().map(wire::log_id_from_proto);
-    let first = prev_log_id.map_or(0, |prev| prev.index + 1);
+    let first = prev_log_id.map_or(Some(0), |prev| prev.index.checked_add(1));
+    // A peer's number: counting on from it must not overflow.
+    let counted = message.entries.len() as u64 + 1;
+    let first = first.filter(|first| first.checked_add(counted).is_some()).ok_or(BadMessage::Missing("prev"))?;
     let entries: Result<Vec<RaftLogEntry>, BadWire> =
         (first..).zip(&message.entries).map(|(index, bytes)| wire::decode_entry(shard, index, bytes)).collect();
     let leader_commit = message.commit.as_ref().map(wire::log_id_from_proto);

@@ -105,3 +105,13 @@ fn transfers_round_trip() {
         assert_eq!(decode_transfer_response(&encode_transfer_response(&response)).unwrap(), response);
     }
 }
+
+#[test]
+fn an_index_at_the_end_of_all_numbers_is_refused() {
+    for index in [u64::MAX, u64::MAX - 1] {
+        let prev = Some(internal::RaftLogId { term: 1, index });
+        let vote = Some(wire::vote_to_proto(&Vote::new(1, replica(1))));
+        let message = internal::AppendRequest { vote, prev, entries: vec![Default::default()], commit: None };
+        assert!(decode_append(SHARD, message).is_err());
+    }
+}
