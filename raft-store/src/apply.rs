@@ -8,8 +8,6 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    thread::JoinHandle,
-    time::Instant,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -21,10 +19,14 @@ use stentor_engine::{
     limits,
 };
 use stentor_proto::{bundle::Bundle, ids::ShardId};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use crate::{
     cache::Map,
+    exec::{Exec, Worker},
     loader::{LoadRequest, Loader},
     shard::{ShardCore, ShardState},
     store::ApplyHook,
@@ -87,14 +89,15 @@ enum Step {
 
 /// Starts the thread.
 pub(crate) fn start(
+    exec: Exec,
     rx: mpsc::Receiver<Job>,
     loader: Loader,
     hook: Arc<dyn ApplyHook>,
     stats: Arc<ApplyStats>,
     epoch: Instant,
-) -> io::Result<JoinHandle<()>> {
+) -> io::Result<Worker> {
     let thread = ApplyThread { rx, loader, hook, stats, epoch, parked: Map::default(), records: BytesMut::new() };
-    std::thread::Builder::new().name("apply".into()).spawn(move || thread.run())
+    exec.spawn("apply", thread.run())
 }
 
 struct ApplyThread {
@@ -109,8 +112,8 @@ struct ApplyThread {
 }
 
 impl ApplyThread {
-    fn run(mut self) {
-        while let Some(job) = self.rx.blocking_recv() {
+    async fn run(mut self) {
+        while let Some(job) = self.rx.recv().await {
             match job {
                 Job::Apply(job) => self.entries(job, None),
                 Job::Call(core, call) => self.call(&core, call),

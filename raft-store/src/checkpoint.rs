@@ -7,19 +7,23 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use rocksdb::{DB, FlushOptions, WriteBatch};
 use stentor_engine::{key::RowKey, limits, rows::Row};
 use stentor_proto::{ids::Seq, internal::AppliedRow};
-use tokio::sync::{oneshot, watch};
+use tokio::{
+    sync::{
+        mpsc::{self, UnboundedReceiver, UnboundedSender},
+        oneshot, watch,
+    },
+    time::{Instant, timeout_at},
+};
 
 use crate::{
     cache::{Drained, Layer},
-    options,
+    db::Db,
+    exec::{Exec, Worker},
     shard::ShardCore,
     store::{Failure, StoreConfig, StoreError},
     wal,
@@ -53,29 +57,27 @@ pub(crate) struct CheckpointStats {
 /// The way to both threads; cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Checkpoints {
-    write: Sender<Option<WriteJob>>,
-    flush: Sender<FlushJob>,
+    write: UnboundedSender<Option<WriteJob>>,
+    flush: UnboundedSender<FlushJob>,
     pub(crate) stats: Arc<CheckpointStats>,
 }
 
 impl Checkpoints {
     /// Starts the checkpoint thread and the flusher.
     pub(crate) fn start(
-        db: &Arc<DB>,
+        exec: Exec,
+        db: &Arc<Db>,
         failed: &watch::Sender<Option<Failure>>,
         delay: Duration,
-    ) -> io::Result<(Self, [JoinHandle<()>; 2])> {
+    ) -> io::Result<(Self, [Worker; 2])> {
         let stats = Arc::new(CheckpointStats::default());
         // Never more than one cut per open shard, and one flush per cut.
-        let (write, write_rx) = crossbeam_channel::unbounded();
-        let (flush, flush_rx) = crossbeam_channel::unbounded();
+        let (write, write_rx) = mpsc::unbounded_channel();
+        let (flush, flush_rx) = mpsc::unbounded_channel();
         let writer = Writer { db: db.clone(), failed: failed.clone(), stats: stats.clone() };
         let flusher = Flusher { db: db.clone(), failed: failed.clone(), stats: stats.clone(), delay };
-        let threads = [
-            std::thread::Builder::new().name("checkpoint".into()).spawn(move || writer.run(&write_rx))?,
-            std::thread::Builder::new().name("flush".into()).spawn(move || flusher.run(&flush_rx))?,
-        ];
-        Ok((Self { write, flush, stats }, threads))
+        let workers = [exec.spawn("checkpoint", writer.run(write_rx))?, exec.spawn("flush", flusher.run(flush_rx))?];
+        Ok((Self { write, flush, stats }, workers))
     }
 
     /// Writes a cut; visible to reads when this returns, durable only after [`Self::flushed`].
@@ -105,14 +107,14 @@ impl Checkpoints {
 }
 
 struct Writer {
-    db: Arc<DB>,
+    db: Arc<Db>,
     failed: watch::Sender<Option<Failure>>,
     stats: Arc<CheckpointStats>,
 }
 
 impl Writer {
-    fn run(&self, rx: &Receiver<Option<WriteJob>>) {
-        while let Ok(Some(job)) = rx.recv() {
+    async fn run(self, mut rx: UnboundedReceiver<Option<WriteJob>>) {
+        while let Some(Some(job)) = rx.recv().await {
             let failure = self.failed.borrow().clone();
             let result = failure.map_or_else(|| self.write(&job), Err);
             if let Err(failure) = &result {
@@ -131,7 +133,7 @@ impl Writer {
     }
 
     fn write(&self, job: &WriteJob) -> Result<(), Failure> {
-        let mut batch = WriteBatch::default();
+        let mut batch = self.db.batch();
         for (key, row) in &job.layer.rows {
             match row {
                 Some(row) => batch.put(key.as_bytes(), row.encode(key)),
@@ -144,7 +146,7 @@ impl Writer {
         let key = RowKey::applied(job.core.shard);
         batch.put(key.as_bytes(), Row::from(job.row.clone()).encode(&key));
         self.stats.unflushed.fetch_add(batch.size_in_bytes() as u64, Relaxed);
-        self.db.write_opt(batch, &options::without_wal()).map_err(|error| Failure {
+        self.db.write(batch).map_err(|error| Failure {
             what: format!("writing a checkpoint of shard {} failed: {error}", job.core.shard),
         })
     }
@@ -170,37 +172,39 @@ fn drain(core: &ShardCore) {
 }
 
 struct Flusher {
-    db: Arc<DB>,
+    db: Arc<Db>,
     failed: watch::Sender<Option<Failure>>,
     stats: Arc<CheckpointStats>,
     delay: Duration,
 }
 
 impl Flusher {
-    fn run(&self, rx: &Receiver<FlushJob>) {
+    async fn run(self, mut rx: UnboundedReceiver<FlushJob>) {
         let mut open = true;
         while open {
             let mut waiting = Vec::new();
             let mut deadline = None;
             loop {
                 let job = match deadline {
-                    None => rx.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                    Some(at) => rx.recv_deadline(at),
+                    None => rx.recv().await,
+                    Some(at) => match timeout_at(at, rx.recv()).await {
+                        Ok(job) => job,
+                        Err(_) => break,
+                    },
                 };
                 match job {
-                    Ok(FlushJob::Soon(done)) => {
+                    Some(FlushJob::Soon(done)) => {
                         waiting.push(done);
                         deadline.get_or_insert_with(|| Instant::now() + self.delay);
                         if self.stats.unflushed.load(Relaxed) >= limits::FLUSH_BYTES {
                             break;
                         }
                     }
-                    Ok(FlushJob::Now(done)) => {
+                    Some(FlushJob::Now(done)) => {
                         waiting.push(done);
                         break;
                     }
-                    Err(RecvTimeoutError::Timeout) => break,
-                    Ok(FlushJob::Close) | Err(RecvTimeoutError::Disconnected) => {
+                    Some(FlushJob::Close) | None => {
                         open = false;
                         break;
                     }
@@ -209,7 +213,7 @@ impl Flusher {
             if waiting.is_empty() {
                 continue;
             }
-            let result = self.flush();
+            let result = self.flush().await;
             for done in waiting {
                 // Whoever asked may be gone already.
                 let _ = done.send(result.clone());
@@ -217,14 +221,12 @@ impl Flusher {
         }
     }
 
-    fn flush(&self) -> Result<(), Failure> {
+    async fn flush(&self) -> Result<(), Failure> {
         if let Some(failure) = self.failed.borrow().clone() {
             return Err(failure);
         }
         self.stats.unflushed.store(0, Relaxed);
-        let mut wait = FlushOptions::default();
-        wait.set_wait(true);
-        let flushed = self.db.flush_opt(&wait);
+        let flushed = self.db.flush().await;
         self.stats.flushes.fetch_add(1, Relaxed);
         flushed.map_err(|error| {
             let failure = Failure { what: format!("flushing the state failed: {error}") };

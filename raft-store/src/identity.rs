@@ -6,16 +6,12 @@
 //! cluster id
 //! ```
 
-use std::{
-    fs::{self, File},
-    io::{self, Write},
-    path::Path,
-};
+use std::{io, path::Path};
 
 use stentor_engine::limits;
 use stentor_proto::ids::{BrokerId, Incarnation};
 
-use crate::store::Identity;
+use crate::{disk::Disk, store::Identity};
 
 /// The format of data directories that this build writes, and the newest that it knows.
 pub(crate) const FORMAT: u32 = 1;
@@ -35,8 +31,8 @@ pub(crate) enum Found {
 }
 
 /// Reads it.
-pub(crate) fn read(dir: &Path) -> io::Result<Found> {
-    match fs::read(dir.join(NAME)) {
+pub(crate) fn read(disk: &Disk, dir: &Path) -> io::Result<Found> {
+    match disk.read(&dir.join(NAME)) {
         Ok(bytes) => Ok(decode(&bytes).unwrap_or(Found::Damaged("the identity file is damaged"))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Found::New),
         Err(error) => Err(error),
@@ -44,16 +40,16 @@ pub(crate) fn read(dir: &Path) -> io::Result<Found> {
 }
 
 /// Writes it whole and durably.
-pub(crate) fn write(dir: &Path, identity: Option<&Identity>) -> io::Result<()> {
+pub(crate) fn write(disk: &Disk, dir: &Path, identity: Option<&Identity>) -> io::Result<()> {
     if identity.is_some_and(|i| i.cluster_id.len() > limits::CLUSTER_ID_BYTES) {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the cluster id is too long"));
     }
     let under_way = dir.join("identity.tmp");
-    let mut file = File::create(&under_way)?;
+    let mut file = disk.create(&under_way)?;
     file.write_all(&encode(identity))?;
     file.sync_all()?;
-    fs::rename(&under_way, dir.join(NAME))?;
-    File::open(dir)?.sync_all()
+    disk.rename(&under_way, &dir.join(NAME))?;
+    disk.sync_dir(dir)
 }
 
 fn encode(identity: Option<&Identity>) -> Vec<u8> {

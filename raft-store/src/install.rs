@@ -2,14 +2,12 @@
 //! Must never leave a state that says "applied up to X" over rows that are not those of X.
 
 use std::{
-    fs::{self, File},
-    io::{self, Read, Write},
+    io,
     ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering::Relaxed},
 };
 
-use rocksdb::{DB, FlushOptions, WriteBatch};
 use stentor_engine::{
     key::RowKey,
     limits,
@@ -22,7 +20,8 @@ use stentor_proto::{
 };
 
 use crate::{
-    options,
+    db::{Db, DbError},
+    disk::Disk,
     shard::{self, ShardCore, ShardState},
     snapshot::{SnapshotReceiver, SnapshotRows, Source, Staged, rows_of},
     store::{Failure, Parts, StoreError},
@@ -97,10 +96,6 @@ fn manifest_path(dir: &Path, shard: ShardId) -> PathBuf {
     dir.join(format!("{shard}.{MANIFEST}"))
 }
 
-fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
-}
-
 /// Replaces the shard's state by a snapshot. Refused before the manifest is written, nothing has changed; after it, a
 /// failure stops the broker and the next start finishes the work.
 pub(crate) async fn install(
@@ -129,12 +124,12 @@ pub(crate) async fn install(
         applied,
     };
     let (work, target) = (parts.clone(), core.clone());
-    let replaced = tokio::task::spawn_blocking(move || {
+    let replaced = parts.disk.exec().run(move || {
         // Moved in here: even a caller that gives up must not let readers in half-way, nor another snapshot.
         let _held = (closed, staged.claim);
-        write_manifest(&work.install_dir, &manifest)?;
-        replace(&work.state_db, &work.install_dir, &manifest)?;
-        finish(&work.install_dir, shard)?;
+        write_manifest(&work.disk, &work.install_dir, &manifest)?;
+        replace(&work.state_db, &work.disk, &work.install_dir, &manifest)?;
+        finish(&work.disk, &work.install_dir, shard)?;
         reload(&target, &work)
     });
     let result = replaced.await.map_err(|_| StoreError::Closed)?;
@@ -156,7 +151,7 @@ async fn stage(core: &ShardCore, parts: &Parts, mut snapshot: SnapshotRows) -> R
     let path = rows_path(&parts.install_dir, shard);
     let applied = snapshot.applied().clone();
     let claim = core.staging.clone().lock_owned().await;
-    let receiver = SnapshotReceiver::create(core, &path, applied, claim);
+    let receiver = SnapshotReceiver::create(core, &parts.disk, &path, applied, claim);
     let mut receiver = receiver.map_err(|e| damaged(format!("staging a snapshot: {e}")))?;
     while let Some(chunk) = snapshot.next_chunk().await.map_err(|e| damaged(e.to_string()))? {
         receiver.push(chunk).await?;
@@ -180,39 +175,39 @@ async fn quiesce(core: &ShardCore) {
     }
 }
 
-fn write_manifest(dir: &Path, manifest: &Manifest) -> Result<(), String> {
+fn write_manifest(disk: &Disk, dir: &Path, manifest: &Manifest) -> Result<(), String> {
     let words = |e: io::Error| e.to_string();
     let (path, under_way) = (manifest_path(dir, manifest.shard), dir.join(format!("{}.tmp", manifest.shard)));
-    let mut file = File::create(&under_way).map_err(words)?;
+    let mut file = disk.create(&under_way).map_err(words)?;
     file.write_all(&manifest.encode()).map_err(words)?;
     file.sync_all().map_err(words)?;
     // Under its own name it is always whole.
-    fs::rename(&under_way, &path).map_err(words)?;
-    sync_dir(dir).map_err(words)
+    disk.rename(&under_way, &path).map_err(words)?;
+    disk.sync_dir(dir).map_err(words)
 }
 
 /// From the wipe on; repeatable. The applied row goes first and comes last.
-fn replace(db: &DB, dir: &Path, manifest: &Manifest) -> Result<(), String> {
-    let words = |e: rocksdb::Error| e.to_string();
+fn replace(db: &Db, disk: &Disk, dir: &Path, manifest: &Manifest) -> Result<(), String> {
+    let words = |e: DbError| e.to_string();
     let key = RowKey::applied(manifest.shard);
-    let mut wait = FlushOptions::default();
-    wait.set_wait(true);
-    let without_wal = options::without_wal();
-    db.delete_opt(key.as_bytes(), &without_wal).map_err(words)?;
-    db.flush_opt(&wait).map_err(words)?;
-    let mut wipe = WriteBatch::default();
+    let mut unsaid = db.batch();
+    unsaid.delete(key.as_bytes());
+    db.write(unsaid).map_err(words)?;
+    db.flush_now().map_err(words)?;
+    let mut wipe = db.batch();
     let (from, end) = shard::key_range(&manifest.slots);
     wipe.delete_range(from, end);
-    db.write_opt(wipe, &without_wal).map_err(words)?;
-    copy_rows(db, dir, manifest)?;
-    db.flush_opt(&wait).map_err(words)?;
-    let row = Row::from(manifest.applied.clone()).encode(&key);
-    db.put_opt(key.as_bytes(), row, &without_wal).map_err(words)?;
-    db.flush_opt(&wait).map_err(words)
+    db.write(wipe).map_err(words)?;
+    copy_rows(db, disk, dir, manifest)?;
+    db.flush_now().map_err(words)?;
+    let mut said = db.batch();
+    said.put(key.as_bytes(), Row::from(manifest.applied.clone()).encode(&key));
+    db.write(said).map_err(words)?;
+    db.flush_now().map_err(words)
 }
 
-fn copy_rows(db: &DB, dir: &Path, manifest: &Manifest) -> Result<(), String> {
-    let mut file = File::open(rows_path(dir, manifest.shard)).map_err(|e| e.to_string())?;
+fn copy_rows(db: &Db, disk: &Disk, dir: &Path, manifest: &Manifest) -> Result<(), String> {
+    let mut file = disk.open_file(&rows_path(dir, manifest.shard)).map_err(|e| e.to_string())?;
     let (mut crc, mut rows) = (crc32fast::Hasher::new(), 0);
     let mut left = manifest.bytes;
     let mut buffer = Vec::new();
@@ -223,7 +218,7 @@ fn copy_rows(db: &DB, dir: &Path, manifest: &Manifest) -> Result<(), String> {
         file.read_exact(&mut buffer[had..]).map_err(|e| format!("staged rows: {e}"))?;
         crc.update(&buffer[had..]);
         left -= more as u64;
-        let mut batch = WriteBatch::default();
+        let mut batch = db.batch();
         let mut used = 0;
         for row in rows_of(&buffer) {
             match row {
@@ -239,7 +234,7 @@ fn copy_rows(db: &DB, dir: &Path, manifest: &Manifest) -> Result<(), String> {
         if used == 0 {
             return Err("staged rows are damaged".into());
         }
-        db.write_opt(batch, &options::without_wal()).map_err(|e| e.to_string())?;
+        db.write(batch).map_err(|e| e.to_string())?;
         buffer.drain(..used);
     }
     if crc.finalize() != manifest.crc || rows != manifest.row_count {
@@ -248,11 +243,11 @@ fn copy_rows(db: &DB, dir: &Path, manifest: &Manifest) -> Result<(), String> {
     Ok(())
 }
 
-fn finish(dir: &Path, shard: ShardId) -> Result<(), String> {
-    fs::remove_file(manifest_path(dir, shard)).map_err(|e| e.to_string())?;
-    sync_dir(dir).map_err(|e| e.to_string())?;
+fn finish(disk: &Disk, dir: &Path, shard: ShardId) -> Result<(), String> {
+    disk.remove_file(&manifest_path(dir, shard)).map_err(|e| e.to_string())?;
+    disk.sync_dir(dir).map_err(|e| e.to_string())?;
     // A file without a manifest means nothing; the next snapshot overwrites it.
-    let _ = fs::remove_file(rows_path(dir, shard));
+    let _ = disk.remove_file(&rows_path(dir, shard));
     Ok(())
 }
 
@@ -276,23 +271,22 @@ fn reload(core: &ShardCore, parts: &Parts) -> Result<(), String> {
 }
 
 /// Finishes what a crash has cut off, before anybody reads: called by `open`.
-pub(crate) fn resume(db: &DB, dir: &Path, incarnation: Incarnation) -> Result<(), String> {
-    fs::create_dir_all(dir).map_err(|e| e.to_string())?;
-    for file in fs::read_dir(dir).map_err(|e| e.to_string())? {
-        let path = file.map_err(|e| e.to_string())?.path();
+pub(crate) fn resume(db: &Db, disk: &Disk, dir: &Path, incarnation: Incarnation) -> Result<(), String> {
+    disk.create_dir_all(dir).map_err(|e| e.to_string())?;
+    for path in disk.list(dir).map_err(|e| e.to_string())? {
         if path.extension().is_none_or(|extension| extension != MANIFEST) {
             continue;
         }
-        let manifest = Manifest::decode(&fs::read(&path).map_err(|e| e.to_string())?)?;
+        let manifest = Manifest::decode(&disk.read(&path).map_err(|e| e.to_string())?)?;
         let applied = shard::applied_row(db, manifest.shard)?;
         let there = applied.is_some_and(|row| {
             row.applied_any && (row.term, row.index) >= (manifest.applied.term, manifest.applied.index)
         });
         if !there && manifest.incarnation == incarnation {
             tracing::warn!(shard = %manifest.shard, "a snapshot install was cut off; once more");
-            replace(db, dir, &manifest)?;
+            replace(db, disk, dir, &manifest)?;
         }
-        finish(dir, manifest.shard)?;
+        finish(disk, dir, manifest.shard)?;
     }
     Ok(())
 }

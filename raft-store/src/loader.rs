@@ -1,14 +1,17 @@
 //! The loader thread: fetches rows that are not in memory, for shards that wait and for hints.
 //! Must never put a row into a cache that a checkpoint may have overtaken while it was being read.
 
-use std::{io, sync::Arc, thread::JoinHandle};
+use std::{io, sync::Arc};
 
-use crossbeam_channel::{Receiver, Sender, TrySendError};
-use rocksdb::DB;
 use stentor_engine::{key::RowKey, limits, rows::Row};
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, Receiver, Sender, UnboundedReceiver, UnboundedSender, error::TrySendError};
 
-use crate::{apply::Job, shard::ShardCore};
+use crate::{
+    apply::Job,
+    db::Db,
+    exec::{Exec, Worker},
+    shard::ShardCore,
+};
 
 /// Rows to fetch.
 pub(crate) struct LoadRequest {
@@ -21,20 +24,19 @@ pub(crate) struct LoadRequest {
 /// The loader's entrance; cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Loader {
-    urgent: Sender<Option<LoadRequest>>,
+    urgent: UnboundedSender<Option<LoadRequest>>,
     hints: Sender<LoadRequest>,
 }
 
 impl Loader {
     /// Starts the thread; it answers parked shards through `apply`.
-    pub(crate) fn start(db: Arc<DB>, apply: mpsc::WeakSender<Job>) -> io::Result<(Self, JoinHandle<()>)> {
+    pub(crate) fn start(exec: Exec, db: Arc<Db>, apply: mpsc::WeakSender<Job>) -> io::Result<(Self, Worker)> {
         // Never more than one request per open shard: a parked shard asks once.
-        let (urgent, urgent_rx) = crossbeam_channel::unbounded();
-        let (hints, hints_rx) = crossbeam_channel::bounded(limits::LOAD_QUEUE_HINTS);
+        let (urgent, urgent_rx) = mpsc::unbounded_channel();
+        let (hints, hints_rx) = mpsc::channel(limits::LOAD_QUEUE_HINTS);
         let thread = LoadThread { db, apply };
-        let handle =
-            std::thread::Builder::new().name("load".into()).spawn(move || thread.run(&urgent_rx, &hints_rx))?;
-        Ok((Self { urgent, hints }, handle))
+        let worker = exec.spawn("load", thread.run(urgent_rx, hints_rx))?;
+        Ok((Self { urgent, hints }, worker))
     }
 
     /// Never blocks: the apply thread calls it.
@@ -60,25 +62,24 @@ impl Loader {
 }
 
 struct LoadThread {
-    db: Arc<DB>,
+    db: Arc<Db>,
     apply: mpsc::WeakSender<Job>,
 }
 
 impl LoadThread {
-    fn run(&self, urgent: &Receiver<Option<LoadRequest>>, hints: &Receiver<LoadRequest>) {
+    async fn run(self, mut urgent: UnboundedReceiver<Option<LoadRequest>>, mut hints: Receiver<LoadRequest>) {
         loop {
-            let request = match urgent.try_recv() {
-                Ok(request) => request,
-                Err(_) => crossbeam_channel::select! {
-                    recv(urgent) -> request => request.unwrap_or(None),
-                    recv(hints) -> request => request.ok(),
-                },
+            let request = tokio::select! {
+                // A hint never goes before a shard that waits.
+                biased;
+                request = urgent.recv() => request.unwrap_or(None),
+                request = hints.recv() => request,
             };
             let Some(request) = request else { return };
             self.load(&request);
             if request.resume {
                 let Some(apply) = self.apply.upgrade() else { return };
-                if apply.blocking_send(Job::Loaded(request.core.shard)).is_err() {
+                if apply.send(Job::Loaded(request.core.shard)).await.is_err() {
                     return;
                 }
             }

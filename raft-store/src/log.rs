@@ -15,14 +15,14 @@ use openraft::{
     storage::{IOFlushed, LogState, RaftLogStorage},
 };
 use parking_lot::Mutex;
-use rocksdb::DB;
 use stentor_engine::limits;
 use stentor_proto::{ids::ShardId, internal};
 use tokio::sync::{oneshot, watch};
 
 use crate::{
+    db::{Db, KeyRange},
+    exec::Exec,
     logkey::{self, LogKind},
-    options,
     store::{Failure, StoreError},
     tail::{Tail, TailRead},
     types::{BundleBytes, RaftLogEntry, RaftLogId, TypeConfig, Vote},
@@ -33,7 +33,8 @@ use crate::{
 /// What all handles of one shard's log share.
 pub(crate) struct LogCore {
     pub(crate) shard: ShardId,
-    db: Arc<DB>,
+    db: Arc<Db>,
+    exec: Exec,
     wal: Wal,
     mem: Mutex<Mem>,
     synced: watch::Sender<u64>,
@@ -55,10 +56,10 @@ fn damaged(what: impl ToString) -> io::Error {
 
 impl LogCore {
     /// Reads what is on disk.
-    pub(crate) fn open(shard: ShardId, db: Arc<DB>, wal: Wal, tail_bytes: usize) -> Result<Self, String> {
+    pub(crate) fn open(shard: ShardId, db: Arc<Db>, exec: Exec, wal: Wal, tail_bytes: usize) -> Result<Self, String> {
         let small = |kind| {
             let key = logkey::small(shard, kind);
-            db.get(key).map_err(|e| e.to_string()).map(|value| value.map(|value| (key, value)))
+            db.get(key).map_err(|e| e.to_string()).map(|value| value.map(|value| (key, value.to_vec())))
         };
         let vote = small(LogKind::Vote)?
             .map(|(key, value)| logkey::unseal_message::<internal::RaftVote>(&key, &value))
@@ -79,7 +80,7 @@ impl LogCore {
             queued: 0,
             tail: Tail::new(purged, begin, last, tail_bytes),
         };
-        Ok(Self { shard, db, wal, mem: Mutex::new(mem), synced: watch::Sender::new(0) })
+        Ok(Self { shard, db, exec, wal, mem: Mutex::new(mem), synced: watch::Sender::new(0) })
     }
 
     /// The WAL thread has fsynced all operations up to this one.
@@ -172,7 +173,7 @@ impl LogCore {
                 TailRead::Memory(entries) => return Ok(entries),
                 TailRead::Disk { start, end, then, generation } => {
                     let core = self.clone();
-                    let disk = tokio::task::spawn_blocking(move || core.read_disk(start, end, limit));
+                    let disk = self.exec.run(move || core.read_disk(start, end, limit));
                     let (mut entries, complete) = disk.await.map_err(io::Error::other)??;
                     if self.mem.lock().tail.generation() != generation {
                         continue;
@@ -194,7 +195,7 @@ impl LogCore {
 
     fn read_disk(&self, start: u64, end: u64, limit: Option<(usize, usize)>) -> io::Result<(Vec<RaftLogEntry>, bool)> {
         let (from, upto) = (logkey::entry(self.shard, start), logkey::entry(self.shard, end));
-        let mut iter = self.db.raw_iterator_opt(options::range(from.to_vec(), upto.to_vec()));
+        let mut iter = self.db.iter(KeyRange::new(from, upto));
         let (mut entries, mut bytes, mut complete) = (Vec::<RaftLogEntry>::new(), 0, true);
         iter.seek(from);
         while let Some((key, value)) = iter.item() {
@@ -216,9 +217,9 @@ impl LogCore {
 }
 
 /// The first index and the last log id on disk.
-fn ends(db: &DB, shard: ShardId) -> Result<Option<(u64, RaftLogId)>, String> {
+fn ends(db: &Db, shard: ShardId) -> Result<Option<(u64, RaftLogId)>, String> {
     let (from, end) = (logkey::entry(shard, 0), logkey::entry(shard, u64::MAX));
-    let mut iter = db.raw_iterator_opt(options::range(from.to_vec(), end.to_vec()));
+    let mut iter = db.iter(KeyRange::new(from, end));
     iter.seek(from);
     let Some(first) = iter.key() else {
         return iter.status().map(|()| None).map_err(|e| e.to_string());

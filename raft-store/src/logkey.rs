@@ -40,6 +40,11 @@ pub(crate) fn small(shard: ShardId, kind: LogKind) -> [u8; 5] {
     [a, b, c, d, kind as u8]
 }
 
+/// Whether it is the key of a vote.
+pub(crate) fn is_vote(key: &[u8]) -> bool {
+    matches!(key, [_, _, _, _, kind] if *kind == LogKind::Vote as u8)
+}
+
 /// An entry's key.
 pub(crate) fn entry(shard: ShardId, index: u64) -> [u8; 13] {
     let mut key = [0; 13];

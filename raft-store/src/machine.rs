@@ -126,7 +126,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Checkpoint {
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let meta = self.write().await?;
-        let snapshot = SnapshotRows::open(&self.core, &self.parts.state_db).await?;
+        let snapshot = SnapshotRows::open(&self.core, &self.parts).await?;
         match snapshot {
             Some(snapshot) if snapshot.meta()?.last_log_id >= meta.last_log_id => Ok(Snapshot { meta, snapshot }),
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the checkpoint just written cannot be read")),
@@ -190,7 +190,7 @@ impl RaftStateMachine<TypeConfig> for ShardMachine {
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
-        let snapshot = SnapshotRows::open(&self.core, &self.parts.state_db).await?;
+        let snapshot = SnapshotRows::open(&self.core, &self.parts).await?;
         snapshot.map(|snapshot| Ok(Snapshot { meta: snapshot.meta()?, snapshot })).transpose()
     }
 }

@@ -5,6 +5,8 @@ use rocksdb::{
     BlockBasedOptions, Cache, DBCompressionType, DBRecoveryMode, LogLevel, Options, ReadOptions, WriteOptions,
 };
 
+use crate::db::KeyRange;
+
 /// Of the state instance; reads of history come from here.
 const BLOCK_CACHE_BYTES: usize = 64 << 20;
 /// Of the log instance; only a lagging follower or a restart reads from disk.
@@ -88,10 +90,13 @@ pub(crate) fn without_wal() -> WriteOptions {
 }
 
 /// A read of a key range.
-pub(crate) fn range(from: Vec<u8>, end: Vec<u8>) -> ReadOptions {
+pub(crate) fn range(range: KeyRange) -> ReadOptions {
     let mut options = ReadOptions::default();
-    options.set_iterate_lower_bound(from);
-    options.set_iterate_upper_bound(end);
+    options.set_iterate_lower_bound(range.from);
+    if let Some(end) = range.end {
+        options.set_iterate_upper_bound(end);
+    }
     options.set_verify_checksums(true);
+    options.fill_cache(!range.once);
     options
 }

@@ -3,7 +3,6 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use rocksdb::DB;
 use stentor_engine::{
     apply,
     key::{Entity, Kind, Parts as KeyParts, RowKey, prefix_end},
@@ -21,8 +20,8 @@ use tokio::sync::{oneshot, watch};
 use crate::{
     apply::Job,
     blocks::Block,
+    db::{Db, DbError, KeyRange},
     loader::LoadRequest,
-    options,
     shard::ShardCore,
     store::Parts,
     types::RaftLogId,
@@ -43,10 +42,10 @@ pub enum ReadError {
     Stopped,
 }
 
-pub(crate) fn io_error(error: rocksdb::Error) -> ReadError {
-    match error.kind() {
-        rocksdb::ErrorKind::Corruption => ReadError::Damaged(error.to_string()),
-        _ => ReadError::Io(error.to_string()),
+pub(crate) fn io_error(error: DbError) -> ReadError {
+    match error {
+        DbError::Corrupt(what) => ReadError::Damaged(what),
+        DbError::Io(what) => ReadError::Io(what),
     }
 }
 
@@ -82,7 +81,7 @@ impl ShardReader {
     /// Runs a read on a thread that may block on the disk, never while a snapshot is replacing what is there.
     async fn blocking<R: Send + 'static>(
         &self,
-        read: impl FnOnce(&ShardCore, &DB) -> Result<R, ReadError> + Send + 'static,
+        read: impl FnOnce(&ShardCore, &Db) -> Result<R, ReadError> + Send + 'static,
     ) -> Result<R, ReadError> {
         let open = self.core.gate.clone().read_owned().await;
         let (core, db) = (self.core.clone(), self.parts.state_db.clone());
@@ -90,7 +89,7 @@ impl ShardReader {
             let _open = open;
             read(&core, &db)
         };
-        tokio::task::spawn_blocking(read).await.map_err(|_| ReadError::Stopped)?
+        self.parts.disk.exec().run(read).await.map_err(|_| ReadError::Stopped)?
     }
 
     /// A row as of every applied entry.
@@ -101,7 +100,7 @@ impl ShardReader {
         let key = key.clone();
         self.blocking(move |_, db| {
             // A row that memory did not have stands on disk, and can only have become newer since.
-            let value = db.get_pinned(key.as_bytes()).map_err(io_error)?;
+            let value = db.get(key.as_bytes()).map_err(io_error)?;
             value.map(|value| decode_row(key.as_bytes(), &value)).transpose()
         })
         .await
@@ -244,7 +243,7 @@ fn listed(key: &[u8]) -> bool {
 
 fn scan(
     core: &ShardCore,
-    db: &DB,
+    db: &Db,
     prefix: &[u8],
     from: Vec<u8>,
     limit: usize,
@@ -270,7 +269,7 @@ fn scan(
     }
     let snapshot = db.snapshot();
     drop(state);
-    let mut iter = snapshot.raw_iterator_opt(options::range(from, end));
+    let mut iter = snapshot.iter(KeyRange::new(from, end));
     iter.seek_to_first();
     let mut on_disk = 0;
     while let Some((key, value)) = iter.item().filter(|_| on_disk < limit) {
@@ -368,7 +367,7 @@ fn collect(conversation: &Entity, want: Want, events: Vec<Bytes>) -> Result<Vec<
     Ok(collect.events)
 }
 
-fn events(core: &ShardCore, db: &DB, conversation: &Entity, want: Want) -> Result<Vec<Bytes>, ReadError> {
+fn events(core: &ShardCore, db: &Db, conversation: &Entity, want: Want) -> Result<Vec<Bytes>, ReadError> {
     let mut memory = Vec::new();
     let (snapshot, memory_first) = {
         let state = core.state.lock();
@@ -380,7 +379,7 @@ fn events(core: &ShardCore, db: &DB, conversation: &Entity, want: Want) -> Resul
     let disk_end = memory_first.unwrap_or(u64::MAX);
     let mut collect = Collect::new(conversation, want)?;
     let range = (conversation.block(Seq(0)), prefix_end(&[conversation.as_bytes(), &[Kind::Block as u8]].concat()));
-    let mut iter = snapshot.raw_iterator_opt(options::range(range.0.as_bytes().to_vec(), range.1));
+    let mut iter = snapshot.iter(KeyRange::new(range.0.as_bytes(), range.1));
     iter.seek_for_prev(conversation.block(Seq(want.from)).as_bytes());
     while let Some((key, value)) = iter.item().filter(|_| !collect.full() && collect.next < disk_end) {
         let block = Block::parse(key, value).map_err(ReadError::Damaged)?;

@@ -10,7 +10,6 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use rocksdb::DB;
 use stentor_engine::{
     key::{Kind, Parts, RowKey, prefix_end},
     rows::Row,
@@ -23,8 +22,8 @@ use tokio::sync::{Notify, watch};
 
 use crate::{
     cache::Cache,
+    db::{Db, KeyRange},
     log::LogCore,
-    options,
     types::{RaftLogId, StoredMembership},
     wire::{self, BadWire},
 };
@@ -80,7 +79,7 @@ impl ShardState {
     pub(crate) fn load(
         shard: ShardId,
         slots: &Range<u16>,
-        db: &DB,
+        db: &Db,
         budget: Arc<AtomicUsize>,
     ) -> Result<(Self, Option<AppliedRow>), String> {
         let row = applied_row(db, shard)?;
@@ -95,9 +94,9 @@ impl ShardState {
 }
 
 /// The checkpoint that the state instance has.
-pub(crate) fn applied_row(db: &DB, shard: ShardId) -> Result<Option<AppliedRow>, String> {
+pub(crate) fn applied_row(db: &Db, shard: ShardId) -> Result<Option<AppliedRow>, String> {
     let key = RowKey::applied(shard);
-    let value = db.get_pinned(key.as_bytes()).map_err(|e| e.to_string())?;
+    let value = db.get(key.as_bytes()).map_err(|e| e.to_string())?;
     value.map(|value| decode_applied(&key, &value)).transpose()
 }
 
@@ -122,10 +121,10 @@ pub(crate) fn entity_prefix(key: &[u8]) -> Option<&[u8]> {
 }
 
 /// One seek per entity: heads come first among their entity's rows.
-fn load_heads(slots: &Range<u16>, db: &DB, cache: &mut Cache) -> Result<(), String> {
+fn load_heads(slots: &Range<u16>, db: &Db, cache: &mut Cache) -> Result<(), String> {
     let (from, end) = key_range(slots);
-    let mut iter = db.raw_iterator_opt(options::range(from.clone(), end));
-    iter.seek(from);
+    let mut iter = db.iter(KeyRange::new(from, end));
+    iter.seek_to_first();
     while let Some((key, value)) = iter.item() {
         let bad = |what: &str| format!("row {}: {what}", key.escape_ascii());
         let prefix = entity_prefix(key).ok_or_else(|| bad("is under no key of ours"))?;

@@ -1,16 +1,9 @@
 //! A snapshot between brokers: a shard's rows as a stream of checked chunks, and the staging of what arrives.
 //! Must never hand over, or stage, a row whose checksum does not match.
 
-use std::{
-    fs::File,
-    io::{self, Write},
-    ops::Range,
-    path::Path,
-    sync::Arc,
-};
+use std::{io, ops::Range, path::Path, sync::Arc};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use rocksdb::DB;
 use stentor_engine::{
     key::{Kind, Parts, RowKey},
     limits,
@@ -25,10 +18,12 @@ use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use crate::{
     blocks::Block,
-    options,
+    db::{Iter, KeyRange},
+    disk::{Disk, DiskFile},
+    exec::Exec,
     reader::ReadError,
     shard::{self, ShardCore},
-    store::StoreError,
+    store::{Parts as StoreParts, StoreError},
     types::SnapshotMeta,
     wire,
 };
@@ -71,27 +66,30 @@ pub(crate) struct Staged {
 
 impl SnapshotRows {
     /// The shard's rows as of its last written checkpoint; `None` when there is none.
-    pub(crate) async fn open(core: &Arc<ShardCore>, db: &Arc<DB>) -> io::Result<Option<Self>> {
+    pub(crate) async fn open(core: &Arc<ShardCore>, parts: &StoreParts) -> io::Result<Option<Self>> {
         let (head, head_rx) = oneshot::channel();
         let (begin, begin_rx) = oneshot::channel();
         let (chunks, chunks_rx) = mpsc::channel(2);
-        let (db, shard, slots) = (db.clone(), core.shard, core.slots.clone());
-        std::thread::Builder::new().name("snapshot".into()).spawn(move || {
+        let (db, shard, slots) = (parts.state_db.clone(), core.shard, core.slots.clone());
+        // Nobody waits for it: it ends with whoever holds the other end.
+        let _worker = parts.disk.exec().spawn("snapshot", async move {
             let snapshot = db.snapshot();
             let key = RowKey::applied(shard);
-            let row = match snapshot.get_pinned(key.as_bytes()) {
+            let row = match snapshot.get(key.as_bytes()) {
                 Ok(value) => value.map(|value| shard::decode_applied(&key, &value)).transpose(),
                 Err(error) => Err(error.to_string()),
             };
             let none = !matches!(row, Ok(Some(_)));
             // Nobody waits, or nobody wants the rows: done.
-            if head.send(row).is_err() || none || begin_rx.blocking_recv().is_err() {
+            if head.send(row).is_err() || none || begin_rx.await.is_err() {
                 return;
             }
-            let iter = snapshot.raw_iterator_opt(stored_range(&slots));
-            if let Err(error) = send_rows(iter, &chunks) {
+            // The whole shard passes through once.
+            let (from, end) = shard::key_range(&slots);
+            let iter = snapshot.iter(KeyRange::new(from, end).once());
+            if let Err(error) = send_rows(iter, &chunks).await {
                 // Whoever received may be gone.
-                let _ = chunks.blocking_send(Err(error));
+                let _ = chunks.send(Err(error)).await;
             }
         })?;
         let row = head_rx.await.map_err(io::Error::other)?;
@@ -127,24 +125,17 @@ impl SnapshotRows {
     }
 }
 
-fn stored_range(slots: &Range<u16>) -> rocksdb::ReadOptions {
-    let (from, end) = shard::key_range(slots);
-    let mut range = options::range(from, end);
-    // A whole shard passes through once: it must not push everything else out of the cache.
-    range.fill_cache(false);
-    range
+type Chunks = mpsc::Sender<Result<RowChunk, ReadError>>;
+
+async fn send_chunk(chunks: &Chunks, rows: &mut BytesMut, row_count: u64, last: bool) -> Result<(), ReadError> {
+    let rows = rows.split().freeze();
+    let crc = crc32fast::hash(&rows);
+    chunks.send(Ok(RowChunk { rows, crc, last, row_count })).await.map_err(|_| ReadError::Stopped)
 }
 
-type RawIter<'a> = rocksdb::DBRawIteratorWithThreadMode<'a, DB>;
-
-fn send_rows(mut iter: RawIter<'_>, chunks: &mpsc::Sender<Result<RowChunk, ReadError>>) -> Result<(), ReadError> {
+async fn send_rows(mut iter: Iter<'_>, chunks: &Chunks) -> Result<(), ReadError> {
     let mut rows = BytesMut::new();
     let mut row_count = 0;
-    let chunk = |rows: &mut BytesMut, row_count, last| {
-        let rows = rows.split().freeze();
-        let crc = crc32fast::hash(&rows);
-        chunks.blocking_send(Ok(RowChunk { rows, crc, last, row_count })).map_err(|_| ReadError::Stopped)
-    };
     iter.seek_to_first();
     while let Some((key, value)) = iter.item() {
         check_row(key, value).map_err(ReadError::Damaged)?;
@@ -154,12 +145,12 @@ fn send_rows(mut iter: RawIter<'_>, chunks: &mpsc::Sender<Result<RowChunk, ReadE
         rows.put_slice(value);
         row_count += 1;
         if rows.len() >= limits::SNAPSHOT_CHUNK_BYTES {
-            chunk(&mut rows, row_count, false)?;
+            send_chunk(chunks, &mut rows, row_count, false).await?;
         }
         iter.next();
     }
     iter.status().map_err(|e| ReadError::Io(e.to_string()))?;
-    chunk(&mut rows, row_count, true)
+    send_chunk(chunks, &mut rows, row_count, true).await
 }
 
 /// Whether a stored row, or a block with all its records, is what was written.
@@ -207,6 +198,7 @@ pub(crate) fn rows_of(mut chunk: &[u8]) -> impl Iterator<Item = Result<(&[u8], &
 /// Takes a snapshot's chunks from a peer and stages them on disk.
 pub struct SnapshotReceiver {
     staging: Staging,
+    exec: Exec,
     applied: AppliedRow,
     done: bool,
 }
@@ -215,7 +207,7 @@ pub struct SnapshotReceiver {
 struct Staging {
     shard: ShardId,
     slots: Range<u16>,
-    file: Option<File>,
+    file: Option<DiskFile>,
     staged: Staged,
     crc: crc32fast::Hasher,
     /// Keys must ascend: a peer that repeats or reorders rows is refused.
@@ -225,15 +217,17 @@ struct Staging {
 impl SnapshotReceiver {
     pub(crate) fn create(
         core: &ShardCore,
+        disk: &Disk,
         path: &Path,
         applied: AppliedRow,
         claim: OwnedMutexGuard<()>,
     ) -> io::Result<Self> {
-        let file = Some(File::create(path)?);
+        let file = Some(disk.create(path)?);
         let staged = Staged { bytes: 0, crc: 0, row_count: 0, claim: Arc::new(claim) };
         let crc = crc32fast::Hasher::new();
         let (shard, slots) = (core.shard, core.slots.clone());
-        Ok(Self { staging: Staging { shard, slots, file, staged, crc, last_key: Vec::new() }, applied, done: false })
+        let staging = Staging { shard, slots, file, staged, crc, last_key: Vec::new() };
+        Ok(Self { staging, exec: disk.exec(), applied, done: false })
     }
 
     /// Verifies and stages one chunk. Refused: the stream must be abandoned.
@@ -247,7 +241,7 @@ impl SnapshotReceiver {
         // The file and its hash go along and come back: no lock, and no blocking write on this thread.
         let mut staging = self.staging.take();
         let work = move || staging.push(&chunk).map(|()| staging);
-        let back = tokio::task::spawn_blocking(work).await.map_err(|_| StoreError::Closed)?;
+        let back = self.exec.run(work).await.map_err(|_| StoreError::Closed)?;
         self.staging = back.map_err(damaged)?;
         self.done = last;
         Ok(())
@@ -262,7 +256,7 @@ impl SnapshotReceiver {
         }
         let staging = self.staging;
         let work = move || staging.finish();
-        let staged = tokio::task::spawn_blocking(work).await.map_err(|_| StoreError::Closed)?;
+        let staged = self.exec.run(work).await.map_err(|_| StoreError::Closed)?;
         Ok(SnapshotRows { applied: self.applied, source: Source::Staged(staged.map_err(damaged)?) })
     }
 

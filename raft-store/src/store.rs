@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     io,
     ops::Range,
     path::PathBuf,
@@ -11,23 +10,27 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
-    thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use parking_lot::Mutex;
-use rocksdb::DB;
 use stentor_engine::{effect::Applied, key::META_AREA};
 use stentor_proto::{
     ids::{BrokerId, Incarnation, ShardId},
     internal::AppliedRow,
 };
 use thiserror::Error;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::{
+    sync::{Notify, mpsc, oneshot, watch},
+    time::Instant,
+};
 
 use crate::{
     apply::{ApplyStats, Job},
     checkpoint::{self, Checkpoints},
+    db::{Db, KeyRange},
+    disk::{Disk, Lock},
+    exec::Worker,
     identity, install,
     loader::Loader,
     log::{LogCore, ShardLog},
@@ -229,7 +232,8 @@ pub struct Shard {
 /// Handles that every shard's parts need; cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Parts {
-    pub(crate) state_db: Arc<DB>,
+    pub(crate) disk: Disk,
+    pub(crate) state_db: Arc<Db>,
     pub(crate) apply: mpsc::Sender<Job>,
     pub(crate) loader: Loader,
     pub(crate) checkpoints: Checkpoints,
@@ -257,38 +261,38 @@ impl Parts {
 pub(crate) struct Opened {
     pub(crate) config: StoreConfig,
     pub(crate) parts: Parts,
-    pub(crate) log_db: Arc<DB>,
+    pub(crate) log_db: Arc<Db>,
     pub(crate) wal: Wal,
     pub(crate) apply_stats: Arc<ApplyStats>,
-    pub(crate) threads: Vec<JoinHandle<()>>,
-    pub(crate) lock: File,
+    pub(crate) workers: Vec<Worker>,
+    pub(crate) lock: Lock,
 }
 
 /// The store of one broker.
 pub struct Store {
     config: StoreConfig,
     parts: Parts,
-    log_db: Arc<DB>,
+    log_db: Arc<Db>,
     wal: Wal,
     apply_stats: Arc<ApplyStats>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    workers: Mutex<Vec<Worker>>,
     shards: Mutex<BTreeMap<ShardId, Arc<ShardCore>>>,
     /// One shard is opened at a time.
     opening: tokio::sync::Mutex<()>,
     /// Held for as long as the directory is in use.
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Store {
     pub(crate) fn new(opened: Opened) -> Self {
-        let Opened { config, parts, log_db, wal, apply_stats, threads, lock } = opened;
+        let Opened { config, parts, log_db, wal, apply_stats, workers, lock } = opened;
         Self {
             config,
             parts,
             log_db,
             wal,
             apply_stats,
-            threads: Mutex::new(threads),
+            workers: Mutex::new(workers),
             shards: Mutex::default(),
             opening: tokio::sync::Mutex::default(),
             _lock: lock,
@@ -311,7 +315,7 @@ impl Store {
             Some(found) => return Err(StoreError::OtherIdentity(found.clone())),
             None => {}
         }
-        identity::write(&self.config.dir, Some(identity))
+        identity::write(&self.parts.disk, &self.config.dir, Some(identity))
             .map_err(|error| StoreError::Failed(Failure { what: format!("writing the identity: {error}") }))?;
         *now = Some(identity.clone());
         Ok(())
@@ -337,11 +341,12 @@ impl Store {
         self.parts.clean_budget.store(self.config.cache_bytes / 2 / open, Relaxed);
         let (log_db, wal, tail_bytes) = (self.log_db.clone(), self.wal.clone(), self.config.tail_bytes);
         let (state_db, budget, range) = (self.parts.state_db.clone(), self.parts.clean_budget.clone(), slots.clone());
+        let exec = self.parts.disk.exec();
         let load = move || {
-            let log = LogCore::open(shard, log_db, wal, tail_bytes)?;
+            let log = LogCore::open(shard, log_db, exec, wal, tail_bytes)?;
             Ok((log, ShardState::load(shard, &range, &state_db, budget)?))
         };
-        let loaded = tokio::task::spawn_blocking(load).await.map_err(|_| StoreError::Closed)?;
+        let loaded = exec.run(load).await.map_err(|_| StoreError::Closed)?;
         let (log, (state, _)) = loaded.map_err(damaged)?;
         let log = Arc::new(log);
         if found.is_none() {
@@ -387,7 +392,7 @@ impl Store {
     /// [`StoreError::Damaged`] when what stands there is not what was written.
     pub fn shards_on_disk(&self) -> Result<Vec<(ShardId, Range<u16>)>, StoreError> {
         let mut shards = Vec::new();
-        let mut iter = self.log_db.raw_iterator();
+        let mut iter = self.log_db.iter(KeyRange::default());
         let mut next = Some(ShardId(0));
         while let Some(at) = next {
             iter.seek(logkey::small(at, LogKind::Slots));
@@ -470,7 +475,7 @@ impl Store {
         let core = self.shards.lock().get(&shard).cloned().ok_or(StoreError::UnknownShard(shard))?;
         let path = install::rows_path(&self.parts.install_dir, shard);
         let claim = core.staging.clone().lock_owned().await;
-        SnapshotReceiver::create(&core, &path, applied.clone(), claim)
+        SnapshotReceiver::create(&core, &self.parts.disk, &path, applied.clone(), claim)
             .map_err(|e| StoreError::Damaged { shard, what: format!("staging a snapshot: {e}") })
     }
 
@@ -495,9 +500,8 @@ impl Store {
         self.parts.loader.close();
         self.parts.checkpoints.close();
         self.wal.close().await;
-        let threads = std::mem::take(&mut *self.threads.lock());
-        let join = move || threads.into_iter().for_each(|thread| drop(thread.join()));
-        // Joined off the runtime: a checkpoint under way may take a while.
-        let _ = tokio::task::spawn_blocking(join).await;
+        let workers = std::mem::take(&mut *self.workers.lock());
+        // A checkpoint under way may take a while.
+        self.parts.disk.exec().join(workers).await;
     }
 }

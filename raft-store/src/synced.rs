@@ -2,12 +2,9 @@
 //! and not fsynced itself, so it can only lag: a log that recovers below it has lost what was acknowledged.
 //! Must never be written before the fsync that it speaks of.
 
-use std::{
-    fs::{File, OpenOptions},
-    io,
-    os::unix::fs::FileExt,
-    path::Path,
-};
+use std::{io, path::Path};
+
+use crate::disk::{Disk, DiskFile};
 
 /// `u8 format │ u64 LE position │ u32 LE CRC32 of both`.
 const SLOT_BYTES: usize = 13;
@@ -17,14 +14,13 @@ const FORMAT: u8 = 1;
 
 /// The open side file.
 pub(crate) struct SyncedFile {
-    file: File,
+    file: DiskFile,
 }
 
 impl SyncedFile {
     /// Opens or makes it.
-    pub(crate) fn open(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
-        Ok(Self { file })
+    pub(crate) fn open(disk: &Disk, path: &Path) -> io::Result<Self> {
+        Ok(Self { file: disk.open_or_create(path)? })
     }
 
     /// The highest position in a good slot; an error text when both slots were written and neither is good.
@@ -88,7 +84,7 @@ mod tests {
     fn every_flip_in_the_newest_slot_falls_back_to_the_other() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("synced");
-        let file = SyncedFile::open(&path).unwrap();
+        let file = SyncedFile::open(&Disk::Real, &path).unwrap();
         assert_eq!(file.read().unwrap(), Ok(0));
         file.write(6).unwrap();
         file.write(7).unwrap();
@@ -98,10 +94,10 @@ mod tests {
             let mut bytes = good.clone();
             bytes[512 + bit / 8] ^= 1 << (bit % 8);
             std::fs::write(&path, &bytes).unwrap();
-            assert_eq!(SyncedFile::open(&path).unwrap().read().unwrap(), Ok(6), "bit {bit}");
+            assert_eq!(SyncedFile::open(&Disk::Real, &path).unwrap().read().unwrap(), Ok(6), "bit {bit}");
             bytes[bit / 8] ^= 1 << (bit % 8);
             std::fs::write(&path, &bytes).unwrap();
-            assert!(SyncedFile::open(&path).unwrap().read().unwrap().is_err(), "bit {bit}");
+            assert!(SyncedFile::open(&Disk::Real, &path).unwrap().read().unwrap().is_err(), "bit {bit}");
         }
     }
 }

@@ -42,6 +42,7 @@ openraft::declare_raft_types!(
         Node = openraft::EmptyNode,
         Term = u64,
         LeaderId = leader_id_std::LeaderId<u64, ReplicaId>,
+        AsyncRuntime = crate::runtime::Runtime,
 );
 
 /// Raft's vote: (term, candidate, committed).

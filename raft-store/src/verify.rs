@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 
-use rocksdb::DB;
 use stentor_engine::{
     key::{Kind, Parts, RowKey},
     rows::{Row, row_crc},
@@ -13,7 +12,7 @@ use stentor_proto::{ids::key_crc, record};
 use crate::{
     blocks::{Block, EventRun},
     cache::Map,
-    options,
+    db::{Db, Iter, KeyRange},
     reader::{ReadError, io_error},
     shard::{ShardCore, entity_prefix, key_range},
     types::RaftLogId,
@@ -119,7 +118,7 @@ struct Memory {
 }
 
 /// The whole read. Blocks on the disk.
-pub(crate) fn verify(core: &ShardCore, db: &DB) -> Result<ReplicaReport, ReadError> {
+pub(crate) fn verify(core: &ShardCore, db: &Db) -> Result<ReplicaReport, ReadError> {
     let (snapshot, memory, progress) = {
         let state = core.state.lock();
         if state.stopped.is_some() {
@@ -143,10 +142,7 @@ pub(crate) fn verify(core: &ShardCore, db: &DB) -> Result<ReplicaReport, ReadErr
         }
     }
     let (from, end) = key_range(&core.slots);
-    let mut range = options::range(from, end);
-    // The whole shard passes through once: it must not push everything else out of the cache.
-    range.fill_cache(false);
-    read_disk(snapshot.raw_iterator_opt(range), &memory, &mut totals)?;
+    read_disk(snapshot.iter(KeyRange::new(from, end).once()), &memory, &mut totals)?;
     for (entity, runs) in &memory.runs {
         for run in runs {
             totals.span(entity, run.first(), run.next())?;
@@ -170,11 +166,7 @@ pub(crate) fn verify(core: &ShardCore, db: &DB) -> Result<ReplicaReport, ReadErr
     })
 }
 
-fn read_disk(
-    mut iter: rocksdb::DBRawIteratorWithThreadMode<'_, DB>,
-    memory: &Memory,
-    totals: &mut Totals,
-) -> Result<(), ReadError> {
+fn read_disk(mut iter: Iter<'_>, memory: &Memory, totals: &mut Totals) -> Result<(), ReadError> {
     let mut current: Vec<u8> = Vec::new();
     iter.seek_to_first();
     while let Some((key, value)) = iter.item() {

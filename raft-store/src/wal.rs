@@ -8,20 +8,19 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    thread::JoinHandle,
 };
 
 use bytes::Bytes;
 use openraft::storage::IOFlushed;
-use rocksdb::{DB, WriteBatch, WriteOptions};
 use stentor_engine::limits;
 use stentor_proto::Message;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use crate::{
+    db::{Batch, Db},
+    exec::{Exec, Worker},
     log::LogCore,
     logkey::{self, LogKind},
-    options,
     store::{Failure, StoreError},
     synced::SyncedFile,
     types::{RaftLogId, TypeConfig, Vote},
@@ -90,26 +89,19 @@ pub(crate) struct Wal {
 impl Wal {
     /// Starts the thread. `position` is the one that the database recovered to.
     pub(crate) fn start(
-        db: Arc<DB>,
+        exec: Exec,
+        db: Arc<Db>,
         side: SyncedFile,
         position: u64,
         failed: watch::Sender<Option<Failure>>,
-    ) -> io::Result<(Self, JoinHandle<()>)> {
+    ) -> io::Result<(Self, Worker)> {
         let (tx, rx) = mpsc::channel(limits::WAL_QUEUE_OPERATIONS);
         let room = Arc::new(Semaphore::new(limits::WAL_QUEUE_BYTES));
         let stats = Arc::new(WalStats::default());
-        let thread = WalThread {
-            db,
-            side,
-            position,
-            rx,
-            room: room.clone(),
-            failed: failed.clone(),
-            stats: stats.clone(),
-            sync: options::synced(),
-        };
-        let handle = std::thread::Builder::new().name("wal".into()).spawn(move || thread.run())?;
-        Ok((Self { tx, room, failed, stats }, handle))
+        let thread =
+            WalThread { db, side, position, rx, room: room.clone(), failed: failed.clone(), stats: stats.clone() };
+        let worker = exec.spawn("wal", thread.run())?;
+        Ok((Self { tx, room, failed, stats }, worker))
     }
 
     /// Waits for room.
@@ -148,21 +140,20 @@ impl Wal {
 }
 
 struct WalThread {
-    db: Arc<DB>,
+    db: Arc<Db>,
     side: SyncedFile,
     position: u64,
     rx: mpsc::Receiver<Request>,
     room: Arc<Semaphore>,
     failed: watch::Sender<Option<Failure>>,
     stats: Arc<WalStats>,
-    sync: WriteOptions,
 }
 
 impl WalThread {
-    fn run(mut self) {
+    async fn run(mut self) {
         let mut messages = Vec::with_capacity(limits::WAL_BATCH_OPERATIONS);
         let mut queued = Vec::with_capacity(limits::WAL_BATCH_OPERATIONS);
-        while self.rx.blocking_recv_many(&mut messages, limits::WAL_BATCH_OPERATIONS) > 0 {
+        while self.rx.recv_many(&mut messages, limits::WAL_BATCH_OPERATIONS).await > 0 {
             let mut closed = None;
             for message in messages.drain(..) {
                 match message {
@@ -171,7 +162,7 @@ impl WalThread {
                 }
             }
             if !queued.is_empty() {
-                self.round(&mut queued);
+                self.round(&mut queued).await;
             }
             if let Some(done) = closed {
                 self.room.close();
@@ -182,11 +173,14 @@ impl WalThread {
         }
     }
 
-    fn round(&mut self, queued: &mut Vec<Queued>) {
+    async fn round(&mut self, queued: &mut Vec<Queued>) {
         let room: usize = queued.iter().map(|q| q.bytes().min(limits::WAL_QUEUE_BYTES)).sum();
         // A failed fsync may have lost earlier pages: whatever failed once stays failed.
         let before = self.failed.borrow().clone();
-        let result = before.map_or_else(|| self.write(queued), Err);
+        let result = match before {
+            Some(failure) => Err(failure),
+            None => self.write(queued).await,
+        };
         if let Err(failure) = &result {
             fail(&self.failed, failure);
         }
@@ -196,8 +190,8 @@ impl WalThread {
         self.room.add_permits(room);
     }
 
-    fn write(&mut self, queued: &[Queued]) -> Result<(), Failure> {
-        let mut batch = WriteBatch::default();
+    async fn write(&mut self, queued: &[Queued]) -> Result<(), Failure> {
+        let mut batch = self.db.batch();
         for q in queued {
             q.put(&mut batch);
         }
@@ -207,7 +201,8 @@ impl WalThread {
         let position = self.position + 1;
         batch.put(logkey::POSITION, logkey::seal(&logkey::POSITION, &position.to_be_bytes()));
         self.db
-            .write_opt(batch, &self.sync)
+            .write_synced(batch)
+            .await
             .map_err(|error| Failure { what: format!("writing and syncing the log failed: {error}") })?;
         self.position = position;
         self.side
@@ -237,7 +232,7 @@ impl Queued {
         if let Op::Append { bytes, .. } = &self.op { *bytes } else { 0 }
     }
 
-    fn put(&self, batch: &mut WriteBatch) {
+    fn put(&self, batch: &mut Batch) {
         let shard = self.log.shard;
         match &self.op {
             Op::Slots { slots, .. } => {
@@ -281,7 +276,7 @@ impl Queued {
 }
 
 /// `save_committed` only notes: the note rides here, and never ahead of the entries that it speaks of.
-fn put_committed(batch: &mut WriteBatch, q: &Queued) {
+fn put_committed(batch: &mut Batch, q: &Queued) {
     if let Some(id) = q.log.take_note(q.ticket) {
         let key = logkey::small(q.log.shard, LogKind::Committed);
         batch.put(key, logkey::seal(&key, &wire::log_id_to_proto(&id).encode_to_vec()));

@@ -1,4 +1,4 @@
-//! openraft's own conformance suite for storage, on real directories.
+//! openraft's own conformance suite for storage, on real directories and on their twin in memory.
 //! Must never be weakened to pass: what it asks for is what openraft leans on.
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
@@ -14,7 +14,8 @@ use stentor_raft_store::{ShardLog, ShardMachine, Store, types::TypeConfig};
 
 mod support;
 
-struct Builder;
+struct OnDisk;
+struct OnTheTwin;
 
 /// Ends the store's threads with its test: one that still runs when the process ends finds RocksDB taken apart.
 struct Guard {
@@ -30,7 +31,7 @@ impl Drop for Guard {
     }
 }
 
-impl StoreBuilder<TypeConfig, ShardLog, ShardMachine, Guard> for Builder {
+impl StoreBuilder<TypeConfig, ShardLog, ShardMachine, Guard> for OnDisk {
     async fn build(&self) -> Result<(Guard, ShardLog, ShardMachine), StorageError<TypeConfig>> {
         let dir = tempfile::tempdir().unwrap();
         let store = support::open_quiet(dir.path());
@@ -39,8 +40,21 @@ impl StoreBuilder<TypeConfig, ShardLog, ShardMachine, Guard> for Builder {
     }
 }
 
+impl StoreBuilder<TypeConfig, ShardLog, ShardMachine, Arc<Store>> for OnTheTwin {
+    async fn build(&self) -> Result<(Arc<Store>, ShardLog, ShardMachine), StorageError<TypeConfig>> {
+        let store = support::Place::twin().open();
+        let shard = store.shard(ShardId(1), support::SLOTS).await.unwrap();
+        Ok((store, shard.log, shard.machine))
+    }
+}
+
 #[test]
-fn openrafts_suite_passes() {
+fn openrafts_suite_passes_on_a_disk() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(Suite::test_all(Builder)).unwrap();
+    runtime.block_on(Suite::test_all(OnDisk)).unwrap();
+}
+
+#[test]
+fn openrafts_suite_passes_on_the_twin() {
+    support::simulate(1, Suite::test_all(OnTheTwin)).unwrap();
 }

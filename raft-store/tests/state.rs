@@ -7,17 +7,26 @@ use openraft::storage::{RaftLogStorage, RaftStateMachine};
 use stentor_engine::key::{Entity, Kind};
 use stentor_proto::ids::{BrokerId, Incarnation, Seq, ShardId};
 use stentor_raft_store::{Identity, OpenError, ShardPosition, StoreError, open};
-use support::{Model, Quiet, Replica, SLOTS, config, conversation, open_quiet};
+use support::{Model, Place, Quiet, Replica, SLOTS, config, conversation, open_quiet};
 
 mod support;
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn state_is_the_models_with_checkpoints_and_restarts_between() {
-    let dir = tempfile::tempdir().unwrap();
+on_both!(
+    state_is_the_models_with_checkpoints_and_restarts_between,
+    a_snapshot_carries_the_state_through_chunks_and_a_staged_file,
+    a_damaged_or_reordered_chunk_is_refused,
+    pages_of_events_are_dense_in_both_directions,
+    scans_merge_memory_and_disk,
+    the_schedule_asks_for_every_shard_and_positions_follow,
+    a_dropped_cut_is_dirty_again,
+);
+
+async fn state_is_the_models_with_checkpoints_and_restarts_between(place: fn() -> Place) {
+    let place = place();
     let mut model = Model::new(ShardId(1));
     let mut next = 0;
     for round in 0..4u64 {
-        let store = open_quiet(dir.path());
+        let store = place.open();
         let mut replica = Replica::open(&store, 1, SLOTS).await;
         if next > 0 {
             replica.reapply(next - 1).await;
@@ -38,10 +47,9 @@ async fn state_is_the_models_with_checkpoints_and_restarts_between() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_snapshot_carries_the_state_through_chunks_and_a_staged_file() {
-    let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let (sender, receiver) = (open_quiet(from.path()), open_quiet(to.path()));
+async fn a_snapshot_carries_the_state_through_chunks_and_a_staged_file(place: fn() -> Place) {
+    let (from, to) = (place(), place());
+    let (sender, receiver) = (from.open(), to.open());
     let mut leader = Replica::open(&sender, 1, SLOTS).await;
     leader.write(0..200).await;
     leader.checkpoint().await;
@@ -70,16 +78,15 @@ async fn a_snapshot_carries_the_state_through_chunks_and_a_staged_file() {
     assert_eq!(ours, theirs);
     receiver.close().await;
     drop((follower, receiver));
-    let store = open_quiet(to.path());
+    let store = to.open();
     let mut again = Replica::open(&store, 1, SLOTS).await;
     again.reapply(219).await;
     model.compare(&again).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_damaged_or_reordered_chunk_is_refused() {
-    let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let (sender, receiver) = (open_quiet(from.path()), open_quiet(to.path()));
+async fn a_damaged_or_reordered_chunk_is_refused(place: fn() -> Place) {
+    let (from, to) = (place(), place());
+    let (sender, receiver) = (from.open(), to.open());
     let mut leader = Replica::open(&sender, 1, SLOTS).await;
     leader.write(0..40).await;
     leader.checkpoint().await;
@@ -105,10 +112,9 @@ async fn a_damaged_or_reordered_chunk_is_refused() {
     assert!(staging.push(good).await.is_err(), "the same rows once more");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn pages_of_events_are_dense_in_both_directions() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = open_quiet(dir.path());
+async fn pages_of_events_are_dense_in_both_directions(place: fn() -> Place) {
+    let place = place();
+    let store = place.open();
     let mut replica = Replica::open(&store, 1, SLOTS).await;
     for step in 0..5 {
         replica.write(step * 100..step * 100 + 100).await;
@@ -144,10 +150,9 @@ async fn pages_of_events_are_dense_in_both_directions() {
     assert_eq!(seqs(last), [head], "one event, however small the page");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn scans_merge_memory_and_disk() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = open_quiet(dir.path());
+async fn scans_merge_memory_and_disk(place: fn() -> Place) {
+    let place = place();
+    let store = place.open();
     let mut replica = Replica::open(&store, 1, SLOTS).await;
     replica.write(0..30).await;
     replica.checkpoint().await;
@@ -179,10 +184,9 @@ async fn scans_merge_memory_and_disk() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_schedule_asks_for_every_shard_and_positions_follow() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = open_quiet(dir.path());
+async fn the_schedule_asks_for_every_shard_and_positions_follow(place: fn() -> Place) {
+    let place = place();
+    let store = place.open();
     let mut replicas = Vec::new();
     for id in 1..4u32 {
         let slots = (id as u16 - 1) * 5_000..id as u16 * 5_000;
@@ -212,10 +216,9 @@ async fn the_schedule_asks_for_every_shard_and_positions_follow() {
     assert_eq!(store.shards_on_disk().unwrap().len(), 3);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dropped_cut_is_dirty_again() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = open_quiet(dir.path());
+async fn a_dropped_cut_is_dirty_again(place: fn() -> Place) {
+    let place = place();
+    let store = place.open();
     let mut replica = Replica::open(&store, 1, SLOTS).await;
     replica.write(0..50).await;
     let cut = replica.shard.machine.try_create_snapshot_builder(false).await.unwrap();

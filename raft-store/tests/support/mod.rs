@@ -3,7 +3,7 @@
 
 #![allow(dead_code, clippy::unwrap_used, clippy::panic, unreachable_pub)]
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{future::Future, path::Path, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::stream;
@@ -25,7 +25,8 @@ use stentor_proto::{
     v1::{ConversationKind, EventKind},
 };
 use stentor_raft_store::{
-    ApplyHook, Shard, Store, StoreConfig, open,
+    ApplyHook, MemoryDisk, OpenError, Shard, Store, StoreConfig, open, open_in_memory,
+    runtime::seed_thread,
     types::{BundleBytes, RaftLogEntry, RaftLogId, TypeConfig, Vote},
     wire::log_id,
 };
@@ -55,6 +56,64 @@ pub fn config(dir: &Path) -> StoreConfig {
 
 pub fn open_quiet(dir: &Path) -> Arc<Store> {
     open(config(dir), Arc::new(Quiet)).unwrap()
+}
+
+/// A place for a data directory: a real one or a twin in memory.
+pub enum Place {
+    Real(tempfile::TempDir),
+    Twin(MemoryDisk),
+}
+
+impl Place {
+    pub fn real() -> Self {
+        Self::Real(tempfile::tempdir().unwrap())
+    }
+
+    pub fn twin() -> Self {
+        Self::Twin(MemoryDisk::new(1))
+    }
+
+    pub fn open(&self) -> Arc<Store> {
+        match self {
+            Self::Real(dir) => open_quiet(dir.path()),
+            Self::Twin(disk) => open_twin(disk).unwrap(),
+        }
+    }
+}
+
+pub fn open_twin(disk: &MemoryDisk) -> Result<Arc<Store>, OpenError> {
+    open_in_memory(config(Path::new("/data")), disk, Arc::new(Quiet))
+}
+
+/// Runs a future in a runtime that repeats bit for bit: one thread, paused time, everything from one seed.
+pub fn simulate<R>(seed: u64, future: impl Future<Output = R>) -> R {
+    seed_thread(seed);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .rng_seed(tokio::runtime::RngSeed::from_bytes(&seed.to_le_bytes()))
+        .build()
+        .unwrap();
+    runtime.block_on(future)
+}
+
+/// Each of these tests twice: on a real directory, and on the twin.
+#[macro_export]
+macro_rules! on_both {
+    ($($name:ident),* $(,)?) => {
+        mod on_a_disk {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                super::$name($crate::support::Place::real).await;
+            })*
+        }
+        mod on_the_twin {
+            $(#[test]
+            fn $name() {
+                $crate::support::simulate(1, super::$name($crate::support::Place::twin));
+            })*
+        }
+    };
 }
 
 pub fn app() -> AppId {

@@ -1,0 +1,285 @@
+//! One instance of the twin: a sorted map, its durable image, and the batches between the two.
+//! Must never show half a batch, before a cut or after it.
+
+use std::{collections::BTreeMap, io, ops::Bound, path::PathBuf, sync::Arc};
+
+use bytes::Bytes;
+use stentor_engine::apply::chain;
+
+use super::{Honesty, Life, Platter, Step};
+use crate::{
+    db::{DbError, Instance, KeyRange},
+    logkey,
+};
+
+type Map = BTreeMap<Bytes, Bytes>;
+
+/// One change of a batch.
+#[derive(Debug, Clone)]
+pub(crate) enum Change {
+    Put(Bytes, Bytes),
+    Delete(Bytes),
+    /// `[from, end)`.
+    DeleteRange(Bytes, Bytes),
+}
+
+impl Change {
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Put(key, value) => key.len() + value.len(),
+            Self::Delete(key) => key.len(),
+            Self::DeleteRange(from, end) => from.len() + end.len(),
+        }
+    }
+
+    fn is_vote(&self) -> bool {
+        matches!(self, Self::Put(key, _) if logkey::is_vote(key))
+    }
+
+    fn apply(&self, map: &mut Map) {
+        match self {
+            Self::Put(key, value) => {
+                map.insert(key.clone(), value.clone());
+            }
+            Self::Delete(key) => {
+                map.remove(key);
+            }
+            Self::DeleteRange(from, end) if from < end => {
+                let gone: Vec<Bytes> = map.range(from.clone()..end.clone()).map(|(key, _)| key.clone()).collect();
+                gone.iter().for_each(|key| drop(map.remove(key)));
+            }
+            Self::DeleteRange(..) => {}
+        }
+    }
+}
+
+/// What the disk has of an instance.
+#[derive(Default)]
+pub(crate) struct Table {
+    /// As reads see it; shared with views, copied when it changes under one.
+    visible: Arc<Map>,
+    durable: Map,
+    /// Not durable yet, in order.
+    pending: Vec<Vec<Change>>,
+}
+
+impl Table {
+    fn show(&mut self, changes: &[Change]) {
+        let visible = Arc::make_mut(&mut self.visible);
+        changes.iter().for_each(|change| change.apply(visible));
+    }
+
+    /// Makes the first `count` pending batches durable.
+    pub(crate) fn settle(&mut self, count: usize) {
+        let count = count.min(self.pending.len());
+        for change in self.pending.drain(..count).flatten() {
+            change.apply(&mut self.durable);
+        }
+    }
+
+    /// What a power cut leaves.
+    pub(crate) fn cut(&mut self, platter: &mut Platter) {
+        let kept = platter.kept(self.pending.len());
+        self.settle(kept);
+        self.pending.clear();
+        self.visible = Arc::new(self.durable.clone());
+    }
+
+    /// What a killed process leaves of an instance with a WAL: written is written.
+    pub(crate) fn reread(&mut self) {
+        self.settle(usize::MAX);
+        self.visible = Arc::new(self.durable.clone());
+    }
+
+    pub(crate) fn fingerprint(&self, hash: u64) -> u64 {
+        self.durable.iter().fold(hash, |hash, (key, value)| chain(chain(hash, key), value))
+    }
+}
+
+/// An open instance of the twin.
+pub(crate) struct MemoryDb {
+    life: Life,
+    key: (PathBuf, Instance),
+}
+
+impl From<io::Error> for DbError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error.to_string())
+    }
+}
+
+fn missing() -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, "the database is not there")
+}
+
+impl MemoryDb {
+    pub(crate) fn new(life: Life, key: (PathBuf, Instance)) -> Self {
+        Self { life, key }
+    }
+
+    fn with<R>(&self, f: impl FnOnce(&mut Platter, &mut Table, u64) -> io::Result<R>) -> Result<R, DbError> {
+        let done = self.life.with(|platter, life| {
+            // Taken out for the time: the platter decides about its tables' fate. A cut inside finds the rest.
+            let mut table = platter.tables.remove(&self.key).ok_or_else(missing)?;
+            let done = f(platter, &mut table, life);
+            if platter.alive(life).is_err() {
+                table.cut(platter);
+            }
+            platter.tables.insert(self.key.clone(), table);
+            done
+        });
+        Ok(done?)
+    }
+
+    pub(crate) fn view(&self) -> Result<MemoryView, DbError> {
+        let view = self.life.with(|platter, _| {
+            let table = platter.tables.get(&self.key).ok_or_else(missing)?;
+            Ok(MemoryView(table.visible.clone()))
+        });
+        Ok(view?)
+    }
+
+    /// As RocksDB does it: to the WAL, then the fsync, then visible.
+    pub(crate) async fn write_synced(&self, changes: Vec<Change>) -> Result<(), DbError> {
+        self.with(|platter, table, life| {
+            let written = platter.operation(life, Step::Write);
+            // What failed may have reached the disk all the same.
+            if written.is_ok() || (platter.alive(life).is_ok() && platter.chance(0.5)) {
+                table.pending.push(changes.clone());
+            }
+            written
+        })?;
+        self.life.sync_time().await;
+        let votes = changes.iter().filter(|change| change.is_vote()).count() as u64;
+        self.with(|platter, table, life| {
+            if let Err(error) = platter.operation(life, Step::Sync) {
+                // The kernel marks pages clean that it could not write: they may be gone for good.
+                if platter.alive(life).is_ok() && platter.chance(0.5) {
+                    table.pending.pop();
+                }
+                return Err(error);
+            }
+            if platter.forgets_votes() && votes > 0 {
+                table.pending.iter_mut().for_each(|batch| batch.retain(|change| !change.is_vote()));
+            }
+            if platter.honesty() == Honesty::Honest {
+                table.settle(usize::MAX);
+            }
+            table.show(&changes);
+            Ok(())
+        })?;
+        self.life.votes_synced(votes);
+        Ok(())
+    }
+
+    /// Visible at once.
+    pub(crate) fn write(&self, changes: Vec<Change>) -> Result<(), DbError> {
+        self.with(|platter, table, life| {
+            platter.operation(life, Step::Write)?;
+            table.show(&changes);
+            table.pending.push(changes);
+            Ok(())
+        })
+    }
+
+    pub(crate) async fn flush(&self) -> Result<(), DbError> {
+        let upto = self.with(|_, table, _| Ok(table.pending.len()))?;
+        self.life.sync_time().await;
+        self.flush_upto(upto)
+    }
+
+    pub(crate) fn flush_now(&self) -> Result<(), DbError> {
+        self.flush_upto(usize::MAX)
+    }
+
+    /// What comes while a flush is under way is not part of it.
+    fn flush_upto(&self, upto: usize) -> Result<(), DbError> {
+        self.with(|platter, table, life| {
+            platter.operation(life, Step::Sync)?;
+            if platter.honesty() == Honesty::Honest {
+                table.settle(upto);
+            }
+            Ok(())
+        })
+    }
+}
+
+impl Drop for MemoryDb {
+    fn drop(&mut self) {
+        // RocksDB writes its memtables when it is closed. Of a dead process nothing comes any more.
+        let _ = self.life.with(|platter, _| {
+            if let Some(table) = platter.tables.get_mut(&self.key)
+                && self.key.1 == Instance::State
+            {
+                table.settle(usize::MAX);
+            }
+            Ok(())
+        });
+    }
+}
+
+/// One picture of an instance.
+#[derive(Clone)]
+pub(crate) struct MemoryView(Arc<Map>);
+
+impl MemoryView {
+    pub(crate) fn get(&self, key: &[u8]) -> Option<Bytes> {
+        self.0.get(key).cloned()
+    }
+}
+
+/// A cursor over a range of a picture.
+pub(crate) struct MemoryIter {
+    view: Result<MemoryView, DbError>,
+    from: Bytes,
+    end: Option<Bytes>,
+    at: Option<(Bytes, Bytes)>,
+}
+
+impl MemoryIter {
+    pub(crate) fn new(view: Result<MemoryView, DbError>, range: KeyRange) -> Self {
+        Self { view, from: range.from.into(), end: range.end.map(Bytes::from), at: None }
+    }
+
+    fn first(&self, from: Bound<&[u8]>) -> Option<(Bytes, Bytes)> {
+        let view = self.view.as_ref().ok()?;
+        let found = view.0.range::<[u8], _>((from, Bound::Unbounded)).next();
+        let found = found.filter(|(key, _)| self.end.as_ref().is_none_or(|end| *key < end));
+        found.map(|(key, value)| (key.clone(), value.clone()))
+    }
+
+    pub(crate) fn seek(&mut self, key: &[u8]) {
+        let from = key.max(&self.from[..]);
+        self.at = self.first(Bound::Included(from));
+    }
+
+    pub(crate) fn seek_for_prev(&mut self, key: &[u8]) {
+        let end = match &self.end {
+            Some(end) if end[..] <= *key => Bound::Excluded(&end[..]),
+            _ => Bound::Included(key),
+        };
+        let empty = match end {
+            Bound::Excluded(end) => end <= &self.from[..],
+            Bound::Included(end) => end < &self.from[..],
+            Bound::Unbounded => false,
+        };
+        let Ok(view) = &self.view else { return };
+        let found =
+            if empty { None } else { view.0.range::<[u8], _>((Bound::Included(&self.from[..]), end)).next_back() };
+        self.at = found.map(|(key, value)| (key.clone(), value.clone()));
+    }
+
+    pub(crate) fn next(&mut self) {
+        if let Some((key, _)) = self.at.take() {
+            self.at = self.first(Bound::Excluded(&key));
+        }
+    }
+
+    pub(crate) fn item(&self) -> Option<(&[u8], &[u8])> {
+        self.at.as_ref().map(|(key, value)| (&key[..], &value[..]))
+    }
+
+    pub(crate) fn status(&self) -> Result<(), DbError> {
+        self.view.as_ref().map(drop).map_err(Clone::clone)
+    }
+}
