@@ -30,19 +30,14 @@ use stentor_raft_store::{
     ShardReader, Store,
     types::{BundleBytes, TypeConfig},
 };
+use stentor_transport::Host;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    clocks::{Clocks, wall_ms},
-    interest::Attached,
-    metrics::Metrics,
-    raft::Raft,
-    shard::Leadership,
-};
+use crate::{clocks::Clocks, interest::Attached, metrics::Metrics, raft::Raft, shard::Leadership};
 
 /// Why a command has no outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,6 +165,7 @@ pub(crate) struct Parts {
     pub(crate) leadership: watch::Receiver<Leadership>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) own: BrokerId,
+    pub(crate) host: Host,
 }
 
 /// A shard's batcher, and the task that it is; it ends with `stop`.
@@ -307,14 +303,14 @@ impl Batcher {
     /// The stamp of the next entry.
     fn stamp(&mut self, term: u64) -> StampMs {
         let now = self.origin.elapsed();
-        let wall = wall_ms();
+        let wall = self.parts.host.wall_ms();
         match &mut self.stamps {
             Some((of, clock)) if *of == term => clock.stamp(now, wall),
             _ => {
                 // The first entry of the term is applied, so everything before it is, and this is the log's last.
                 let last = self.parts.reader.last_stamp();
                 let peers = self.parts.raft.voter_ids().map(|id| id.broker).filter(|&b| b != self.parts.own);
-                let mut clocks = self.parts.clocks.of(peers, std::time::Instant::now());
+                let mut clocks = self.parts.clocks.of(peers, Instant::now());
                 clocks.push(wall);
                 let mut clock = StampClock::begin(last, &clocks, now);
                 let stamp = clock.stamp(now, wall);

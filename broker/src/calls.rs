@@ -2,16 +2,17 @@
 //! never say that something was not proposed when it may have been.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures_util::StreamExt;
-use hashbrown::HashMap;
 use parking_lot::Mutex;
+use rand::Rng;
 use stentor_engine::limits;
 use stentor_proto::{
     Message,
@@ -22,8 +23,8 @@ use stentor_proto::{
     },
 };
 use stentor_raft_store::Store;
-use stentor_transport::grpc::Channel;
-use tokio::sync::oneshot;
+use stentor_transport::{Host, grpc::Channel};
+use tokio::{sync::oneshot, time::Instant};
 
 use crate::queue::{Batches, FrameQueue};
 
@@ -49,7 +50,8 @@ pub(crate) struct Calls {
 #[derive(Default)]
 struct State {
     queue: Option<Arc<FrameQueue<GatewayFrame>>>,
-    pending: HashMap<u64, oneshot::Sender<In>>,
+    /// In the order of the calls: that is the order in which their callers hear of a broken stream.
+    pending: BTreeMap<u64, oneshot::Sender<In>>,
 }
 
 impl Calls {
@@ -114,7 +116,7 @@ impl Drop for Forget<'_> {
 }
 
 /// Keeps the stream open until the task is dropped.
-pub(crate) async fn run(calls: Arc<Calls>, channel: Channel, name: String, store: Arc<Store>) {
+pub(crate) async fn run(calls: Arc<Calls>, channel: Channel, name: String, store: Arc<Store>, host: Host) {
     let mut pause = PAUSE.0;
     loop {
         let started = Instant::now();
@@ -125,7 +127,7 @@ pub(crate) async fn run(calls: Arc<Calls>, channel: Channel, name: String, store
         if started.elapsed() > PAUSE.1 {
             pause = PAUSE.0;
         }
-        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+        tokio::time::sleep(pause.mul_f64(host.rng().random_range(0.5..1.0))).await;
         pause = (pause * 2).min(PAUSE.1);
     }
 }

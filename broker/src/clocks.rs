@@ -1,19 +1,15 @@
 //! The wall clocks of the brokers as far as heartbeats told them, for a leader's first stamp. Must never let one wrong
 //! clock move anything: only the median of a quorum counts (docs/architecture.md, "Time").
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use hashbrown::HashMap;
 use parking_lot::Mutex;
 use stentor_proto::ids::BrokerId;
+use tokio::time::Instant;
 
 /// Older words do not count.
 const FRESH: Duration = Duration::from_secs(2);
-
-/// This process's wall clock in ms since the epoch; 0 before it.
-pub(crate) fn wall_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
-}
 
 /// What each peer's clock said, and when.
 #[derive(Default)]

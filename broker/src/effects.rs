@@ -93,11 +93,12 @@ pub(crate) struct Hook {
     shards: ArcSwap<HashMap<ShardId, Arc<ShardEffects>>>,
     meta_changed: Notify,
     metrics: Arc<crate::metrics::Metrics>,
+    observer: Option<Arc<dyn ApplyHook>>,
 }
 
 impl Hook {
-    pub(crate) fn new(metrics: Arc<crate::metrics::Metrics>) -> Arc<Self> {
-        Arc::new(Self { shards: ArcSwap::default(), meta_changed: Notify::new(), metrics })
+    pub(crate) fn new(metrics: Arc<crate::metrics::Metrics>, observer: Option<Arc<dyn ApplyHook>>) -> Arc<Self> {
+        Arc::new(Self { shards: ArcSwap::default(), meta_changed: Notify::new(), metrics, observer })
     }
 
     pub(crate) fn add(&self, shard: ShardId, effects: Arc<ShardEffects>) {
@@ -116,6 +117,9 @@ impl Hook {
 
 impl ApplyHook for Hook {
     fn applied(&self, shard: ShardId, log_id: RaftLogId, applied: &mut Applied) {
+        if let Some(observer) = &self.observer {
+            observer.applied(shard, log_id, applied);
+        }
         if applied.effects.is_empty() {
             return;
         }

@@ -74,6 +74,7 @@ pub(crate) async fn open(
             leadership: leadership.clone(),
             metrics: node.metrics.clone(),
             own: node.broker,
+            host: node.host.clone(),
         },
         node.stop.clone(),
     );

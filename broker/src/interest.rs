@@ -2,6 +2,7 @@
 //! slow gateway cost memory: beyond its budget events are dropped, and their head is told with the next beat.
 
 use std::{
+    collections::BTreeMap,
     hash::{Hash, Hasher},
     sync::{
         Arc,
@@ -126,7 +127,10 @@ impl Attached {
             let KeyRef { app, conversation } = key.as_ref();
             HeadHint { app: text(app), conversation: text(conversation), head }
         });
-        hints.collect()
+        let mut hints: Vec<_> = hints.collect();
+        // A map's order is drawn anew in every process; what goes out must not be.
+        hints.sort_unstable_by(|a, b| (&a.app, &a.conversation).cmp(&(&b.app, &b.conversation)));
+        hints
     }
 }
 
@@ -150,7 +154,7 @@ pub(crate) struct ShardInterest {
 struct State {
     conversations: HashMap<Key, Vec<Arc<Attached>>>,
     /// Streams with interest in the shard, with how many.
-    streams: HashMap<u64, (Arc<Attached>, usize)>,
+    streams: BTreeMap<u64, (Arc<Attached>, usize)>,
 }
 
 impl ShardInterest {

@@ -9,6 +9,7 @@ mod calls;
 mod clocks;
 mod config;
 mod effects;
+mod environment;
 mod gateway_service;
 mod host;
 mod interest;
@@ -27,4 +28,5 @@ pub mod status;
 mod upkeep;
 
 pub use config::{AppConfig, Bootstrap, BrokerConfig, ConfigError, KeyConfig, PeerConfig, StoreTuning};
-pub use start::{Addresses, Broker, ReadyError, StartError, start};
+pub use environment::{Environment, Place};
+pub use start::{Addresses, Broker, ReadyError, StartError, start, start_in};

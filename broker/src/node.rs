@@ -1,27 +1,27 @@
 //! What all parts of one broker share. Must never outlive the store: whatever holds a node ends when its `stop` does.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use hashbrown::HashMap;
 use parking_lot::Mutex;
 use stentor_proto::ids::{BrokerId, ShardId};
 use stentor_raft_store::Store;
-use tokio::{sync::watch, task::JoinSet};
+use stentor_transport::Host;
+use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    clocks::Clocks, config::BrokerConfig, effects::Hook, meta::Meta, metrics::Metrics, network::Links, raft::LEASE,
-    router::Peers, shard::HostedShard,
+    clocks::Clocks, config::BrokerConfig, effects::Hook, environment::Environment, meta::Meta, metrics::Metrics,
+    network::Links, raft::LEASE, router::Peers, shard::HostedShard,
 };
 
 /// One running broker.
 pub(crate) struct Node {
     pub(crate) broker: BrokerId,
     pub(crate) config: BrokerConfig,
+    pub(crate) host: Host,
+    pub(crate) environment: Environment,
     pub(crate) store: Arc<Store>,
     pub(crate) hook: Arc<Hook>,
     pub(crate) clocks: Arc<Clocks>,
@@ -40,6 +40,7 @@ pub(crate) struct Node {
 /// What [`Node::new`] takes: everything but what is made here.
 pub(crate) struct NodeParts {
     pub(crate) config: BrokerConfig,
+    pub(crate) environment: Environment,
     pub(crate) store: Arc<Store>,
     pub(crate) hook: Arc<Hook>,
     pub(crate) clocks: Arc<Clocks>,
@@ -51,10 +52,12 @@ pub(crate) struct NodeParts {
 
 impl Node {
     pub(crate) fn new(parts: NodeParts) -> Arc<Self> {
-        let NodeParts { config, store, hook, clocks, metrics, links, peers, started } = parts;
+        let NodeParts { config, environment, store, hook, clocks, metrics, links, peers, started } = parts;
         Arc::new(Self {
             broker: config.broker,
             config,
+            host: environment.host.clone(),
+            environment,
             store,
             hook,
             clocks,

@@ -1,9 +1,9 @@
 //! Carries this broker's own calls to whoever leads the shard, here or elsewhere. Must never propose twice what is not
 //! safe to propose twice: when the fate of such a call is unknown, the caller is told so.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use hashbrown::HashMap;
+use rand::Rng;
 use stentor_engine::{effect::Outcome, limits};
 use stentor_proto::{
     Bytes,
@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// The calls to all other brokers.
-pub(crate) struct Peers(pub(crate) HashMap<BrokerId, Arc<Calls>>);
+pub(crate) struct Peers(pub(crate) BTreeMap<BrokerId, Arc<Calls>>);
 
 impl Peers {
     /// Whoever waits for an answer learns that none will come.
@@ -87,7 +87,7 @@ impl<'a> Search<'a> {
         // A hint is followed at once the first time; later two brokers may be naming each other.
         self.hint = hint.filter(|_| self.attempt < 3);
         if self.hint.is_none() {
-            tokio::time::sleep(self.pause.mul_f64(rand::random_range(0.5..1.0))).await;
+            tokio::time::sleep(self.pause.mul_f64(self.node.host.rng().random_range(0.5..1.0))).await;
             self.pause = (self.pause * 2).min(PAUSE.1);
         }
         Instant::now() < self.deadline && !self.node.stop.is_cancelled()

@@ -2,13 +2,13 @@
 //! empty directory under an old name would vote away what its predecessor had promised.
 
 use std::{
+    collections::BTreeMap,
     future::Future,
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     sync::{Arc, OnceLock, Weak},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use hashbrown::HashMap;
 use openraft::{Instant as _, alias::SerdeInstantOf, async_runtime::WatchReceiver};
 use stentor_engine::limits;
 use stentor_proto::{
@@ -22,13 +22,14 @@ use stentor_proto::{
 };
 use stentor_raft_store::{Identity, META_SLOTS, OpenError, Store, StoreError, types::TypeConfig};
 use stentor_transport::{
-    bind::{self, BindError},
+    Listener,
+    bind::BindError,
     grpc::{self, Routes},
     probes::{Probes, serve_probes},
     tls::{ClientTls, ServerTls, TlsError},
 };
 use thiserror::Error;
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
     api::Api,
@@ -36,6 +37,7 @@ use crate::{
     clocks::Clocks,
     config::{BrokerConfig, ConfigError},
     effects::Hook,
+    environment::Environment,
     gateway_service::{self, GatewayService},
     host, meta,
     metrics::Metrics,
@@ -126,17 +128,23 @@ const RELEASE: Duration = Duration::from_secs(10);
 /// # Errors
 /// See [`StartError`].
 pub async fn start(config: BrokerConfig) -> Result<Broker, StartError> {
+    start_in(Environment::default(), config).await
+}
+
+/// The same in a given environment, which may be a simulated one.
+///
+/// # Errors
+/// See [`StartError`].
+pub async fn start_in(environment: Environment, config: BrokerConfig) -> Result<Broker, StartError> {
     config.check()?;
-    let (peer, api) = (bind::tcp(config.peer_listen)?, bind::tcp(config.api_listen)?);
-    let http = bind::tcp(config.http_listen)?;
+    let host = environment.host.clone();
+    let (peer, api) = (host.listen(config.peer_listen)?, host.listen(config.api_listen)?);
+    let http = host.listen(config.http_listen)?;
     let addresses = Addresses { api: local(&api)?, peer: local(&peer)?, http: local(&http)? };
     let started = Instant::now();
     let metrics = Arc::new(Metrics::default());
-    let hook = Hook::new(metrics.clone());
-    let (store_config, on_applied) = (config.store_config(), hook.clone());
-    let store = tokio::task::spawn_blocking(move || stentor_raft_store::open(store_config, on_applied))
-        .await
-        .map_err(|e| StartError::Serve(e.to_string()))??;
+    let hook = Hook::new(metrics.clone(), environment.observer.clone());
+    let store = environment.open(config.store_config(), hook.clone()).await.map_err(StartError::Serve)??;
     check_directory(&config, store.identity().as_ref())?;
     let (mut tasks, clocks) = (JoinSet::new(), Arc::new(Clocks::default()));
     let client_tls = ClientTls::peer(&config.tls)?;
@@ -146,16 +154,16 @@ pub async fn start(config: BrokerConfig) -> Result<Broker, StartError> {
         let known = known.clone();
         move |peer| reset_backoff(&known, peer)
     };
-    let links = Links::start(config.broker, others(), &client_tls, &clocks, &metrics, &mut tasks, on_connect)?;
-    let mut peers = HashMap::new();
+    let links = Links::start((&host, &client_tls), config.broker, others(), &clocks, &metrics, &mut tasks, on_connect)?;
+    let mut peers = BTreeMap::new();
     for (broker, addr) in others() {
         let calls = Calls::new(broker);
-        let channel = grpc::channel(addr, &client_tls)?;
-        tasks.spawn(calls::run(calls.clone(), channel, config.name.clone(), store.clone()));
+        let channel = host.channel(addr, &client_tls)?;
+        tasks.spawn(calls::run(calls.clone(), channel, config.name.clone(), store.clone(), host.clone()));
         peers.insert(broker, calls);
     }
     let (peer_tls, api_tls) = (ServerTls::peer(&config.tls)?, ServerTls::api(&config.tls)?);
-    let parts = NodeParts { config, store, hook, clocks, metrics, links, peers: Peers(peers), started };
+    let parts = NodeParts { config, environment, store, hook, clocks, metrics, links, peers: Peers(peers), started };
     let node = Node::new(parts);
     // Set once, here.
     let _ = known.set(Arc::downgrade(&node));
@@ -169,7 +177,7 @@ pub async fn start(config: BrokerConfig) -> Result<Broker, StartError> {
     Ok(Broker { node, addresses, tasks, servers })
 }
 
-fn local(listener: &TcpListener) -> Result<SocketAddr, StartError> {
+fn local(listener: &Listener) -> Result<SocketAddr, StartError> {
     listener.local_addr().map_err(|e| StartError::Serve(e.to_string()))
 }
 
@@ -206,9 +214,9 @@ fn reset_backoff(known: &OnceLock<Weak<Node>>, peer: BrokerId) {
 fn serve(
     node: &Arc<Node>,
     servers: &mut JoinSet<()>,
-    (peer, peer_tls): (TcpListener, &ServerTls),
-    (api, api_tls): (TcpListener, &ServerTls),
-    http: TcpListener,
+    (peer, peer_tls): (Listener, &ServerTls),
+    (api, api_tls): (Listener, &ServerTls),
+    http: Listener,
 ) -> Result<(), StartError> {
     let failed = |e: String| StartError::Serve(e);
     let peer_routes = Routes::new(
@@ -319,7 +327,7 @@ async fn found_directory(node: &Arc<Node>) -> Option<Identity> {
         incarnation: meta::FIRST_INCARNATION,
     };
     let (store, written) = (node.store.clone(), identity.clone());
-    let result = tokio::task::spawn_blocking(move || store.set_identity(&written)).await;
+    let result = node.environment.blocking(move || store.set_identity(&written)).await;
     match result {
         Ok(Ok(())) => Some(identity),
         Ok(Err(error @ StoreError::OtherIdentity(_))) => {

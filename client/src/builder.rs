@@ -7,7 +7,7 @@ use std::{
 };
 
 use stentor_engine::{limits, session::client::Config};
-use stentor_transport::tls::ClientTls;
+use stentor_transport::{Host, tls::ClientTls};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::{
@@ -33,6 +33,7 @@ pub struct Builder {
     connect_timeout: Duration,
     request_timeout: Duration,
     config: Config,
+    host: Host,
 }
 
 impl std::fmt::Debug for Builder {
@@ -59,6 +60,7 @@ impl Builder {
             request_timeout: Duration::from_secs(15),
             // Moves are gathered before the session sees them.
             config: Config { agent, cursor_interval_ms: 0, ..Config::default() },
+            host: Host::real(),
         }
     }
 
@@ -141,6 +143,13 @@ impl Builder {
         self
     }
 
+    /// The machine that the client runs on; the real one unless told. For simulations.
+    #[must_use]
+    pub fn host(mut self, host: Host) -> Self {
+        self.host = host;
+        self
+    }
+
     /// Connects and greets. Returns when a gateway took the session, or with the reason why none did. Must be called
     /// within a tokio runtime with timers and IO; the client's task runs there.
     pub async fn connect(self) -> Result<Client, ClientError> {
@@ -152,10 +161,10 @@ impl Builder {
             (None, Some(ca)) => ClientTls::public(&ca).map_err(|e| ClientError::Config(e.to_string()))?,
             (None, None) => return Err(ClientError::Config("no certificate authority was given".into())),
         };
-        let shared = Arc::new(Shared::new(self.config.credit_bytes));
+        let shared = Arc::new(Shared::new(self.config.credit_bytes, self.host.clone()));
         let (commands, receiver) = mpsc::channel::<Command>(COMMANDS);
         let (first, welcomed) = oneshot::channel();
-        let dialer = Dialer::new(self.gateways, tls);
+        let dialer = Dialer::new(self.gateways, tls, self.host);
         let driver = Driver::new(self.config, dialer, self.token, self.cursors, Arc::clone(&shared), receiver, first);
         let task = tokio::spawn(driver.run());
         let outcome = tokio::time::timeout(self.connect_timeout, welcomed).await;

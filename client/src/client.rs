@@ -4,7 +4,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use stentor_proto::{
@@ -65,7 +65,7 @@ impl Client {
     ) -> Result<SendHandle, ClientError> {
         let Ok(window) = Arc::clone(&self.window).acquire_owned().await else { return Err(self.over()) };
         let (reply, answer) = oneshot::channel();
-        let send = Box::new(message.into_send(wall_ms()));
+        let send = Box::new(message.into_send(self.shared.host.wall_ms()));
         let ticket = SendTicket { reply, conversation: conversation.clone(), _window: window };
         self.command(Command::Send { send, ticket }).await?;
         Ok(SendHandle { answer })
@@ -144,9 +144,4 @@ impl Client {
     pub(crate) fn over(&self) -> ClientError {
         self.shared.ended.get().map_or(ClientError::Closed, |refusal| ClientError::Ended(refusal.clone()))
     }
-}
-
-/// The wall clock, in ms since the Unix epoch.
-pub(crate) fn wall_ms() -> u64 {
-    SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_millis() as u64)
 }

@@ -2,10 +2,11 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use rand::Rng;
+use rand::{Rng, RngCore};
 use stentor_engine::session::client::{Backoff, Draws};
 use stentor_transport::{
-    quic::{self, FrameReader, FrameWriter, QuicConnection},
+    Host,
+    quic::{FrameReader, FrameWriter, QuicConnection},
     tls::ClientTls,
 };
 
@@ -27,6 +28,7 @@ pub(crate) struct Link {
 pub(crate) struct Dialer {
     gateways: Arc<[String]>,
     tls: ClientTls,
+    host: Host,
     next: usize,
     failures: u32,
     /// The next attempt needs no wait.
@@ -35,10 +37,17 @@ pub(crate) struct Dialer {
 }
 
 impl Dialer {
-    pub(crate) fn new(gateways: Vec<String>, tls: ClientTls) -> Self {
-        let mut random = rand::rng();
-        let next = random.random_range(0..gateways.len().max(1));
-        Self { gateways: gateways.into(), tls, next, failures: 0, at_once: true, draws: Draws::new(random.random()) }
+    pub(crate) fn new(gateways: Vec<String>, tls: ClientTls, host: Host) -> Self {
+        let next = host.rng().random_range(0..gateways.len().max(1));
+        let draws = Draws::new(host.random());
+        Self { gateways: gateways.into(), tls, host, next, failures: 0, at_once: true, draws }
+    }
+
+    /// A session's nonce.
+    pub(crate) fn nonce<const N: usize>(&self) -> [u8; N] {
+        let mut nonce = [0; N];
+        self.host.rng().fill_bytes(&mut nonce);
+        nonce
     }
 
     /// The next attempt, its wait included, as a future that borrows nothing.
@@ -47,11 +56,11 @@ impl Dialer {
         let wait_ms = if at_once { 0 } else { RECONNECT.wait_ms(self.failures, &mut self.draws) };
         let patience = (self.gateways.len() > 1).then(|| IMPATIENCE * (self.failures + 1).min(10));
         let gateways = Arc::clone(&self.gateways);
-        let (at, tls) = (self.next % gateways.len().max(1), self.tls.clone());
+        let (at, tls, host) = (self.next % gateways.len().max(1), self.tls.clone(), self.host.clone());
         async move {
             tokio::time::sleep(Duration::from_millis(wait_ms)).await;
             let gateway = gateways.get(at).ok_or("no gateway")?;
-            let connecting = connect(gateway, &tls);
+            let connecting = connect(&host, gateway, &tls);
             let linked = match patience {
                 Some(patience) => tokio::time::timeout(patience, connecting).await.map_err(|_| "no answer".to_owned()),
                 None => Ok(connecting.await),
@@ -83,9 +92,9 @@ impl Dialer {
     }
 }
 
-async fn connect(gateway: &str, tls: &ClientTls) -> Result<Link, String> {
+async fn connect(host: &Host, gateway: &str, tls: &ClientTls) -> Result<Link, String> {
     let address = resolve(gateway).await?;
-    let connection = quic::connect(address, tls).await.map_err(|e| e.to_string())?;
+    let connection = host.connect_quic(address, tls).await.map_err(|e| e.to_string())?;
     let (writer, reader) = connection.open().await.map_err(|e| e.to_string())?;
     Ok(Link { connection, writer, reader })
 }

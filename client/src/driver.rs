@@ -2,7 +2,7 @@
 //! what comes out. All decisions are the session's. Must never wait while something else could be done, but for the
 //! end of the connection.
 
-use std::{collections::HashSet, pin::pin, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, pin::pin, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
@@ -69,7 +69,7 @@ pub(crate) struct Driver {
     sync_at: Option<Instant>,
     syncing: Option<JoinHandle<()>>,
     /// Conversations whose send count changed.
-    counted: HashSet<ConversationId>,
+    counted: BTreeSet<ConversationId>,
     batch: Vec<(Incoming, u64)>,
     closing: Option<oneshot::Sender<()>>,
     welcomed: Option<v1::Welcome>,
@@ -88,9 +88,9 @@ impl Driver {
         let credit_bytes = config.credit_bytes;
         Self {
             session: Session::new(config, dialer.seed()),
+            nonce: dialer.nonce(),
             dialer,
             token,
-            nonce: rand::random(),
             store,
             shared,
             commands,
@@ -100,7 +100,7 @@ impl Driver {
             gather_at: None,
             sync_at: None,
             syncing: None,
-            counted: HashSet::new(),
+            counted: BTreeSet::new(),
             batch: Vec::new(),
             closing: None,
             welcomed: None,
@@ -348,7 +348,7 @@ impl Driver {
                 changes.push(Change::Delivered(conversation, at));
             }
         }
-        for conversation in self.counted.drain() {
+        for conversation in std::mem::take(&mut self.counted) {
             if let Some((last, done)) = self.session.send_position(&conversation) {
                 changes.push(Change::Sends { conversation, last, done });
             }
@@ -534,7 +534,7 @@ fn cursors_moved(moved: v1::CursorsMoved) -> Incoming {
 
 #[cfg(test)]
 mod tests {
-    use stentor_transport::{pki::Pki, tls::ClientTls};
+    use stentor_transport::{Host, pki::Pki, tls::ClientTls};
 
     use super::*;
     use crate::MemoryCursors;
@@ -543,9 +543,9 @@ mod tests {
     fn an_idle_client_costs_little_beside_its_connection() {
         let dir = tempfile::tempdir().unwrap();
         let pki = Pki::create(dir.path()).unwrap();
-        let dialer = Dialer::new(vec!["localhost:1".into()], ClientTls::public(pki.ca_path()).unwrap());
+        let dialer = Dialer::new(vec!["localhost:1".into()], ClientTls::public(pki.ca_path()).unwrap(), Host::real());
         let (config, store) = (Config::default(), Arc::new(MemoryCursors::new()));
-        let shared = Arc::new(Shared::new(config.credit_bytes));
+        let shared = Arc::new(Shared::new(config.credit_bytes, Host::real()));
         let ((_commands, receiver), (first, _welcomed)) = (mpsc::channel(1), oneshot::channel());
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let _inside = runtime.enter();

@@ -51,4 +51,4 @@ pub use stentor_proto::{
     reason::Reason,
     v1::{Conversation, ConversationKind, EventKind, HiddenReason, ListResponse, Refusal, Role},
 };
-pub use stentor_transport::tls::ClientTls;
+pub use stentor_transport::{Host, tls::ClientTls};

@@ -3,7 +3,6 @@
 
 use std::time::Duration;
 
-use rand::Rng;
 use stentor_engine::session::client::{Backoff, Draws};
 use stentor_proto::{
     ids::{ClientId, ConversationId, SendNo, Seq, UserId, Version, key_crc},
@@ -17,7 +16,6 @@ use tokio::{
 
 use crate::{
     Client, ClientError, Event, Hidden,
-    client::wall_ms,
     shared::{Command, Reply},
 };
 
@@ -213,14 +211,14 @@ impl Client {
 
     /// Creates a conversation; the caller becomes its owner.
     pub async fn create_conversation(&self, create: Create) -> Result<Created, ClientError> {
-        let own_key = || format!("create-{:032x}", rand::random::<u128>());
+        let own_key = || format!("create-{:032x}", self.shared.host.random::<u128>());
         let call = Call::Create(v1::CreateRequest {
             conversation: create.conversation.map(|id| id.as_str().to_owned()).unwrap_or_default(),
             kind: create.kind as i32,
             participants: create.participants.iter().map(|user| user.as_str().to_owned()).collect(),
             history_full: create.history_full,
             client_id: create.client_id.map_or_else(own_key, |id| id.as_str().to_owned()),
-            first_try_ms: wall_ms(),
+            first_try_ms: self.shared.host.wall_ms(),
         });
         match self.call(call, Repeat::Harmless).await? {
             response::Result::Create(created) => Ok(Created {
@@ -291,7 +289,7 @@ impl Client {
 
     async fn call(&self, call: Call, repeat: Repeat) -> Result<response::Result, ClientError> {
         let until = Instant::now() + self.request_timeout;
-        let mut draws = Draws::new(rand::rng().random());
+        let mut draws = Draws::new(self.shared.host.random());
         for attempt in 0.. {
             let (reply, answer) = oneshot::channel();
             let command = Command::Request { call: Box::new(call.clone()), reply };

@@ -2,7 +2,7 @@
 //! hold a lock across an await, nor more in the inbox than the credit allows.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     mem::discriminant,
     sync::{
         OnceLock,
@@ -16,6 +16,7 @@ use stentor_proto::{
     ids::{ConversationId, Seq},
     v1::{self, Refusal, request::Call, response},
 };
+use stentor_transport::Host;
 use tokio::sync::{Notify, OwnedSemaphorePermit, oneshot};
 
 use crate::{ClientError, From, Identity, Incoming, Sent};
@@ -71,7 +72,7 @@ pub(crate) enum Reply {
 pub(crate) type RequestTicket = oneshot::Sender<Reply>;
 
 /// A (delivered, read) pair that waits.
-pub(crate) type Moves = HashMap<ConversationId, (Seq, Seq)>;
+pub(crate) type Moves = BTreeMap<ConversationId, (Seq, Seq)>;
 
 #[derive(Debug, Default)]
 struct Inbox {
@@ -93,6 +94,7 @@ pub(crate) struct Shared {
     is_connected: AtomicBool,
     /// Why the last attempt to connect failed.
     failure: Mutex<Option<String>>,
+    pub(crate) host: Host,
     pub(crate) identity: OnceLock<Identity>,
     pub(crate) ended: OnceLock<Refusal>,
     /// The task is told of consumed credit in steps of this.
@@ -100,7 +102,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(credit_bytes: u64) -> Self {
+    pub(crate) fn new(credit_bytes: u64, host: Host) -> Self {
         Self {
             inbox: Mutex::default(),
             arrived: Notify::new(),
@@ -108,6 +110,7 @@ impl Shared {
             wake: Notify::new(),
             is_connected: AtomicBool::new(false),
             failure: Mutex::default(),
+            host,
             identity: OnceLock::new(),
             ended: OnceLock::new(),
             credit_step: (credit_bytes / 4).max(1),
@@ -262,7 +265,7 @@ mod tests {
 
     #[test]
     fn a_flapping_connection_cannot_fill_an_inbox_that_nobody_reads() {
-        let shared = Shared::new(1_000);
+        let shared = Shared::new(1_000, Host::real());
         let id = ConversationId::new("c").unwrap_or_else(|e| unreachable!("{e}"));
         for n in 0..20_000 {
             deliver(&shared, Incoming::Connected { gateway: n.to_string() });
@@ -279,7 +282,7 @@ mod tests {
 
     #[test]
     fn a_reconnect_that_nobody_saw_is_told_once() {
-        let shared = Shared::new(1_000);
+        let shared = Shared::new(1_000, Host::real());
         for n in 0..3 {
             deliver(&shared, Incoming::Disconnected { reason: n.to_string() });
             deliver(&shared, Incoming::Connected { gateway: n.to_string() });
@@ -292,7 +295,7 @@ mod tests {
 
     #[test]
     fn the_task_hears_of_consumed_credit_in_steps() {
-        let shared = Shared::new(400);
+        let shared = Shared::new(400, Host::real());
         let mut batch: Vec<_> = (0..4).map(|_| (Incoming::UpToDate, 60)).collect();
         shared.deliver(&mut batch);
         let woken = || futures_util::FutureExt::now_or_never(shared.wake.notified()).is_some();

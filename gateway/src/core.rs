@@ -1,11 +1,7 @@
 //! What all sessions of a gateway share: the placement, the shards, the streams to brokers, the tokens' keys, and which
 //! session is the newest of its device. Must never hold a lock while something is awaited.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use hashbrown::{HashMap, hash_map::Entry};
@@ -17,8 +13,8 @@ use stentor_proto::{
     internal::{BrokerBatch, BrokerFrame, PlacementView, broker_frame, gateway_frame::Frame},
     reason::Reason,
 };
-use stentor_transport::token::Keys;
-use tokio::sync::watch;
+use stentor_transport::{Host, token::Keys};
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
     config::GatewayConfig,
@@ -50,6 +46,7 @@ pub(crate) struct Who {
 /// See the module.
 pub(crate) struct Core {
     pub(crate) config: GatewayConfig,
+    pub(crate) host: Host,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) links: Links,
     /// True from the moment on in which this gateway sends its devices away.
@@ -62,10 +59,11 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn new(config: GatewayConfig, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(config: GatewayConfig, host: Host, metrics: Arc<Metrics>) -> Self {
         let links = Links::new(config.brokers.iter().map(|b| b.broker));
         Self {
             config,
+            host,
             metrics,
             links,
             draining: watch::channel(false).0,
@@ -84,12 +82,12 @@ impl Core {
 
     /// The wall clock, in ms since the Unix epoch: for tokens and for telling devices, never for order.
     pub(crate) fn wall_ms(&self) -> u64 {
-        SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
+        self.host.wall_ms()
     }
 
     /// The instant of a time of [`Self::now_ms`].
-    pub(crate) fn instant(&self, ms: u64) -> tokio::time::Instant {
-        (self.started + Duration::from_millis(ms)).into()
+    pub(crate) fn instant(&self, ms: u64) -> Instant {
+        self.started + Duration::from_millis(ms)
     }
 
     /// The keys that tokens are verified with.

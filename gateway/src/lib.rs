@@ -19,8 +19,9 @@ mod shard;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use stentor_transport::{
-    bind::{self, BindError},
-    grpc::{self, Channel},
+    Host,
+    bind::BindError,
+    grpc::Channel,
     probes::{Probes, serve_probes},
     quic::{QuicLimits, QuicListener},
     tls::{ClientTls, ServerTls, TlsError},
@@ -84,23 +85,31 @@ pub struct Gateway {
 /// # Errors
 /// See [`StartError`].
 pub async fn start(config: GatewayConfig) -> Result<Gateway, StartError> {
+    start_on(Host::real(), config).await
+}
+
+/// The same on a given machine, which may be a simulated one.
+///
+/// # Errors
+/// See [`StartError`].
+pub async fn start_on(host: Host, config: GatewayConfig) -> Result<Gateway, StartError> {
     config.check()?;
     let (peer_tls, quic_tls) = (ClientTls::peer(&config.tls)?, ServerTls::quic(&config.tls)?);
     let limits = QuicLimits { max_connections: config.limits.connections, ..QuicLimits::default() };
-    let listener = Arc::new(QuicListener::bind(config.quic_listen, &quic_tls, limits)?);
-    let http = bind::tcp(config.http_listen)?;
+    let listener = Arc::new(host.listen_quic(config.quic_listen, &quic_tls, limits)?);
+    let http = host.listen(config.http_listen)?;
     let http_addr = http.local_addr().map_err(|source| BindError::Io { addr: config.http_listen, source })?;
     let addresses = Addresses { quic: listener.local_addr(), http: http_addr };
     let channels = config
         .brokers
         .iter()
-        .map(|broker| Ok((broker.broker, grpc::channel(broker.peer_addr, &peer_tls)?)))
+        .map(|broker| Ok((broker.broker, host.channel(broker.peer_addr, &peer_tls)?)))
         .collect::<Result<Vec<_>, TlsError>>()?;
 
     let metrics = Arc::new(Metrics::default());
     let scraped = metrics.clone();
     let probes = Probes::new(move || scraped.encode());
-    let core = Arc::new(Core::new(config, metrics));
+    let core = Arc::new(Core::new(config, host, metrics));
     let mut tasks = JoinSet::new();
     let watched: Vec<Channel> = channels.iter().map(|(_, channel)| channel.clone()).collect();
     tasks.spawn(placement::watch(core.clone(), watched));

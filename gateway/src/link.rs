@@ -125,7 +125,7 @@ pub(crate) async fn run(core: Arc<Core>, broker: BrokerId, channel: Channel) {
         let ceiling = (REOPEN_MS.0 << failures.min(10)).min(REOPEN_MS.1);
         failures = failures.saturating_add(1);
         // Half fixed, half drawn: gateways that lost the same broker do not come back at the same moment.
-        let pause = ceiling / 2 + rand::rng().random_range(0..=ceiling / 2);
+        let pause = ceiling / 2 + core.host.rng().random_range(0..=ceiling / 2);
         tokio::time::sleep(Duration::from_millis(pause)).await;
     }
 }

@@ -1,21 +1,30 @@
 //! gRPC over our own TCP and TLS: the server's side for given routes, and channels that dial again by themselves. Must
 //! never retry a call: only callers know whether a second try is harmless.
 
-use std::{future::Future, io, net::SocketAddr, net::TcpListener, pin::pin, time::Duration};
+use std::{future::Future, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use hyper::{Request, body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls_pki_types::ServerName;
 use thiserror::Error;
-use tokio::{net::TcpStream, time::timeout};
-use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Endpoint, Uri, server::Connected};
+use tonic::transport::{
+    Endpoint, Uri,
+    server::{Connected, TcpConnectInfo, TlsConnectInfo},
+};
 pub use tonic::{service::Routes, transport::Channel};
 use tower::Service;
 
 use crate::{
-    accept,
+    Listener,
+    accept::{self, ByteStream},
+    memory,
     tls::{ClientTls, SERVER_NAME, ServerTls, TlsError},
 };
 
@@ -56,41 +65,60 @@ pub enum ServeError {
 /// Serves `routes` until `shutdown` is ready: then no new calls are taken, and calls that run have two seconds to end
 /// before their connections are cut. Handlers find the caller by `Request::remote_addr` and `Request::peer_certs`.
 /// Dropping the future cuts everything at once.
-pub fn serve<F>(
-    listener: TcpListener,
+pub fn serve<L, F>(
+    listener: L,
     tls: &ServerTls,
     routes: Routes,
     shutdown: F,
-) -> impl Future<Output = Result<(), ServeError>> + Send + use<F>
+) -> impl Future<Output = Result<(), ServeError>> + Send + use<L, F>
 where
+    L: Into<Listener>,
     F: Future<Output = ()> + Send + 'static,
 {
     let acceptor = TlsAcceptor::from(tls.config.clone());
-    let routes = routes.prepare();
+    let (routes, listener) = (routes.prepare(), listener.into());
     async move {
         let serve = |stream, stop| serve_connection(stream, acceptor.clone(), routes.clone(), stop);
         Ok(accept::run(listener, MAX_CONNECTIONS, shutdown, serve).await?)
     }
 }
 
-async fn serve_connection(stream: TcpStream, acceptor: TlsAcceptor, routes: Routes, stop: CancellationToken) {
+async fn serve_connection(stream: ByteStream, acceptor: TlsAcceptor, routes: Routes, stop: CancellationToken) {
+    let stream = match stream {
+        ByteStream::Tcp(stream) => stream,
+        ByteStream::Memory(stream) => {
+            let (local, remote) = (stream.local_addr(), stream.remote_addr());
+            let caller = TcpConnectInfo { local_addr: Some(local), remote_addr: Some(remote) };
+            return serve_http2(stream, (caller, None), routes, stop).await;
+        }
+    };
     let handshake = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream));
     let stream = tokio::select! {
         () = stop.cancelled() => return,
         stream = handshake => stream,
     };
     match stream {
-        Ok(Ok(stream)) => serve_http2(stream, routes, stop).await,
+        Ok(Ok(stream)) => {
+            let caller = stream.connect_info();
+            serve_http2(stream, (caller.get_ref().clone(), Some(caller)), routes, stop).await
+        }
         Ok(Err(error)) => tracing::debug!(%error, "TLS handshake failed"),
         Err(_) => tracing::debug!("TLS handshake took too long"),
     }
 }
 
-async fn serve_http2(stream: server::TlsStream<TcpStream>, routes: Routes, stop: CancellationToken) {
-    let caller = stream.connect_info();
+/// Who calls: his address, and his certificates where there is TLS.
+type Caller = (TcpConnectInfo, Option<TlsConnectInfo<TcpConnectInfo>>);
+
+async fn serve_http2<S>(stream: S, (caller, certified): Caller, routes: Routes, stop: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let service = service_fn(move |mut request: Request<Incoming>| {
-        request.extensions_mut().insert(caller.get_ref().clone());
         request.extensions_mut().insert(caller.clone());
+        if let Some(certified) = &certified {
+            request.extensions_mut().insert(certified.clone());
+        }
         routes.clone().call(request)
     });
     let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
@@ -102,6 +130,8 @@ async fn serve_http2(stream: server::TlsStream<TcpStream>, routes: Routes, stop:
         .max_concurrent_streams(MAX_STREAMS)
         .keep_alive_interval(SERVER_PING_EVERY)
         .keep_alive_timeout(SERVER_PING_TIMEOUT)
+        // Nobody reads it, and it would bring the real clock into a simulation.
+        .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = pin!(connection);
     let result = tokio::select! {
@@ -126,6 +156,24 @@ pub fn channel(addr: SocketAddr, tls: &ClientTls) -> Result<Channel, TlsError> {
         let connector = connector.clone();
         async move { dial(addr, connector).await.map(TokioIo::new) }
     });
+    Ok(endpoint(addr)?.connect_with_connector_lazy(dial))
+}
+
+/// The same over a simulated network, which has no TLS.
+pub(crate) fn memory_channel(addr: SocketAddr, host: Arc<memory::Host>) -> Result<Channel, TlsError> {
+    let dial = tower::service_fn(move |_: Uri| {
+        let host = host.clone();
+        async move {
+            match timeout(CONNECT_TIMEOUT, memory::connect_stream(&host, addr)).await {
+                Ok(stream) => stream.map(TokioIo::new),
+                Err(_) => Err(silent(addr)),
+            }
+        }
+    });
+    Ok(endpoint(addr)?.connect_with_connector_lazy(dial))
+}
+
+fn endpoint(addr: SocketAddr) -> Result<Endpoint, TlsError> {
     let uri = |scheme| format!("{scheme}://{SERVER_NAME}:{}", addr.port());
     let origin = Uri::try_from(uri("https")).map_err(|_| TlsError::Address(addr))?;
     // Tonic must not do the TLS that `dial` does already; only the calls shall say that they are safe.
@@ -138,7 +186,11 @@ pub fn channel(addr: SocketAddr, tls: &ClientTls) -> Result<Channel, TlsError> {
         .http2_keep_alive_interval(CLIENT_PING_EVERY)
         .keep_alive_timeout(CLIENT_PING_TIMEOUT)
         .keep_alive_while_idle(true);
-    Ok(endpoint.connect_with_connector_lazy(dial))
+    Ok(endpoint)
+}
+
+fn silent(addr: SocketAddr) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("{addr} does not answer"))
 }
 
 async fn dial(addr: SocketAddr, connector: TlsConnector) -> io::Result<client::TlsStream<TcpStream>> {
@@ -150,7 +202,7 @@ async fn dial(addr: SocketAddr, connector: TlsConnector) -> io::Result<client::T
     };
     match timeout(CONNECT_TIMEOUT, connect).await {
         Ok(stream) => stream,
-        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("{addr} does not answer"))),
+        Err(_) => Err(silent(addr)),
     }
 }
 

@@ -4,7 +4,6 @@
 use std::{
     fmt,
     future::Future,
-    net::TcpListener,
     pin::pin,
     sync::{
         Arc,
@@ -22,12 +21,14 @@ use axum::{
 };
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
-use crate::accept;
 pub use crate::grpc::ServeError;
+use crate::{
+    Listener,
+    accept::{self, ByteStream},
+};
 
 /// An orchestrator, a scraper, a person with curl; nobody needs more.
 const MAX_CONNECTIONS: usize = 64;
@@ -86,13 +87,13 @@ impl Probes {
 
 /// Serves the probes until `shutdown` is ready.
 pub async fn serve_probes(
-    listener: TcpListener,
+    listener: impl Into<Listener>,
     probes: Probes,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
     let router = router(probes);
     let serve = |stream, stop| serve_connection(stream, router.clone(), stop);
-    Ok(accept::run(listener, MAX_CONNECTIONS, shutdown, serve).await?)
+    Ok(accept::run(listener.into(), MAX_CONNECTIONS, shutdown, serve).await?)
 }
 
 fn router(probes: Probes) -> Router {
@@ -113,7 +114,7 @@ async fn metrics(State(Probes(probes)): State<Probes>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, FORMAT)], (probes.metrics)())
 }
 
-async fn serve_connection(stream: TcpStream, router: Router, stop: CancellationToken) {
+async fn serve_connection(stream: ByteStream, router: Router, stop: CancellationToken) {
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
@@ -138,6 +139,7 @@ mod tests {
 
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
         sync::oneshot,
         time::timeout,
     };

@@ -13,6 +13,8 @@ use stentor_proto::{
 };
 use thiserror::Error;
 
+use crate::Host;
+
 /// No honest token is longer; a longer one is refused before anything is decoded.
 pub const MAX_TOKEN_BYTES: usize = 4 * 1024;
 
@@ -144,19 +146,23 @@ fn public_key(key: &SigningKey) -> Option<(Algorithm, DecodingKey)> {
 
 /// Makes a token for `claims`, issued now, with a private key in PEM (PKCS#8; Ed25519 or P-256).
 pub fn mint(private_key_pem: &str, kid: &str, claims: &Claims) -> Result<String, KeyError> {
+    mint_at(private_key_pem, kid, claims, Host::real().wall_ms() / 1_000)
+}
+
+/// The same, issued at `now_s` seconds since the Unix epoch.
+pub fn mint_at(private_key_pem: &str, kid: &str, claims: &Claims, now_s: u64) -> Result<String, KeyError> {
     let pem = private_key_pem.as_bytes();
     let (algorithm, key) = match (EncodingKey::from_ed_pem(pem), EncodingKey::from_ec_pem(pem)) {
         (Ok(key), _) => (Algorithm::EdDSA, key),
         (_, Ok(key)) => (Algorithm::ES256, key),
         _ => return Err(KeyError::NotAKey),
     };
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let payload = Payload {
         app: claims.app.as_str().into(),
         sub: claims.user.as_str().into(),
         dev: claims.device.as_ref().map(|d| d.as_str().into()),
         adm: claims.admin,
-        iat: now.as_secs().min(claims.expires_s),
+        iat: now_s.min(claims.expires_s),
         exp: claims.expires_s,
     };
     let header = Header { kid: Some(kid.into()), ..Header::new(algorithm) };
@@ -165,12 +171,17 @@ pub fn mint(private_key_pem: &str, kid: &str, claims: &Claims) -> Result<String,
 
 /// A new Ed25519 key: (private PEM in PKCS#8, public PEM).
 pub fn generate_key() -> Result<(String, String), KeyError> {
-    /// RFC 8410: version 0, Ed25519, and the seed as an octet string in an octet string. Version 1, which key
-    /// generators also write, is not understood by every verifier's library.
-    const PREFIX: [u8; 16] = [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
     let seed: [u8; 32] = ring::rand::generate(&ring::rand::SystemRandom::new())
         .map_err(|_| KeyError::Failed("no randomness".into()))?
         .expose();
+    key_of_seed(seed)
+}
+
+/// The Ed25519 key that a seed stands for: (private PEM in PKCS#8, public PEM). Who knows the seed has the key.
+pub fn key_of_seed(seed: [u8; 32]) -> Result<(String, String), KeyError> {
+    /// RFC 8410: version 0, Ed25519, and the seed as an octet string in an octet string. Version 1, which key
+    /// generators also write, is not understood by every verifier's library.
+    const PREFIX: [u8; 16] = [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
     let der = [&PREFIX[..], &seed].concat();
     let pair = KeyPair::from_pkcs8_der_and_sign_algo(&der.into(), &PKCS_ED25519)
         .map_err(|e| KeyError::Failed(e.to_string()))?;

@@ -134,7 +134,7 @@ impl Api {
 
     fn peer_api(&self, peer: &PeerConfig) -> Option<AdminClient<grpc::Channel>> {
         let tls = ClientTls::public(&self.node.config.tls.ca).ok()?;
-        Some(AdminClient::new(grpc::channel(peer.api_addr, &tls).ok()?))
+        Some(AdminClient::new(self.node.host.channel(peer.api_addr, &tls).ok()?))
     }
 
     async fn forward_transfer(

@@ -13,7 +13,7 @@ use stentor_proto::{
         ParticipantResponse, ShowRequest, conversations_server::Conversations,
     },
 };
-use stentor_transport::token::Claims;
+use stentor_transport::{Host, token::Claims};
 use tonic::{Request, Response, Status};
 
 use super::{Api, actor, because, client_key, conversation_id, refused, retry, user_id};
@@ -27,7 +27,7 @@ impl Conversations for Api {
     async fn create(&self, request: Request<CreateRequest>) -> Result<Response<CreateResponse>, Status> {
         let claims = self.caller(&request)?;
         let request = request.into_inner();
-        let conversation = id_for(&claims, &request)?;
+        let conversation = id_for(&self.node.host, &claims, &request)?;
         let create = Create {
             actor: Some(actor(&claims)),
             kind: request.kind,
@@ -136,7 +136,7 @@ impl Api {
 }
 
 /// The new conversation's id: the caller's, a direct one's own, or one that a retry with the same key finds again.
-fn id_for(claims: &Claims, request: &CreateRequest) -> Result<ConversationId, Status> {
+fn id_for(host: &Host, claims: &Claims, request: &CreateRequest) -> Result<ConversationId, Status> {
     if request.kind() == ConversationKind::Direct && request.conversation.is_empty() {
         let [other] = &request.participants[..] else { return Err(because(Reason::DirectIsFixed)) };
         return Ok(ConversationId::direct(&claims.user, &user_id(other)?));
@@ -145,7 +145,7 @@ fn id_for(claims: &Claims, request: &CreateRequest) -> Result<ConversationId, St
         return conversation_id(&request.conversation);
     }
     let id = if request.client_id.is_empty() {
-        format!("c-{:032x}", rand::random::<u128>())
+        format!("c-{:032x}", host.random::<u128>())
     } else {
         derived(claims, &claims.user, &request.client_id)
     };
@@ -176,7 +176,7 @@ mod tests {
             client_id: client_id.into(),
             ..Default::default()
         };
-        let id = |client_id| id_for(&claims(), &request(client_id)).unwrap();
+        let id = |client_id| id_for(&Host::real(), &claims(), &request(client_id)).unwrap();
         assert_eq!(id("k1"), id("k1"));
         assert_ne!(id("k1"), id("k2"));
         assert_ne!(id(""), id(""));
@@ -189,8 +189,8 @@ mod tests {
             participants: vec!["bob".into()],
             ..Default::default()
         };
-        assert_eq!(id_for(&claims(), &request).unwrap().as_str(), "direct/ann/bob");
+        assert_eq!(id_for(&Host::real(), &claims(), &request).unwrap().as_str(), "direct/ann/bob");
         let nobody = CreateRequest { participants: vec![], ..request };
-        assert!(id_for(&claims(), &nobody).is_err());
+        assert!(id_for(&Host::real(), &claims(), &nobody).is_err());
     }
 }

@@ -6,7 +6,7 @@ mod conversations;
 mod messages;
 mod users;
 
-use std::{sync::Arc, time::SystemTime};
+use std::sync::Arc;
 
 use stentor_engine::{command, effect::Outcome};
 use stentor_proto::{
@@ -48,8 +48,7 @@ impl Api {
     fn caller<T>(&self, request: &Request<T>) -> Result<Claims, Status> {
         let token = bearer(request.metadata()).ok_or_else(|| because(Reason::Unauthenticated))?;
         let view = self.node.meta.view().ok_or_else(|| because(Reason::Unavailable))?;
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        view.keys.verify(token, now).map_err(because)
+        view.keys.verify(token, self.node.host.wall_ms() / 1_000).map_err(because)
     }
 
     /// Like [`Self::caller`], for calls that only an admin token may make.

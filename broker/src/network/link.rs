@@ -2,27 +2,31 @@
 //! Must never leave a request waiting on a stream that is gone: when it breaks, everything pending fails at once.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures_util::{Stream, StreamExt};
-use hashbrown::HashMap;
 use parking_lot::Mutex;
+use rand::Rng;
 use stentor_engine::limits;
 use stentor_proto::{
     ids::{BrokerId, Incarnation, ReplicaId, ShardId},
     internal::{self, PeerBatch, PeerFrame, peer_client::PeerClient, peer_frame::Message},
 };
-use stentor_transport::grpc::Channel;
+use stentor_transport::{Host, grpc::Channel};
 use thiserror::Error;
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use crate::{
-    clocks::{Clocks, wall_ms},
+    clocks::Clocks,
     metrics::Metrics,
     queue::{Batches, FrameQueue},
 };
@@ -73,7 +77,8 @@ pub(crate) struct Link {
 #[derive(Default)]
 struct State {
     queue: Option<Arc<FrameQueue<PeerFrame>>>,
-    pending: HashMap<u64, Waiter>,
+    /// In the order in which they were asked: that is the order in which they fail.
+    pending: BTreeMap<u64, Waiter>,
 }
 
 /// Whom a request is from and to.
@@ -200,6 +205,7 @@ pub(crate) fn batches(
     queue: Arc<FrameQueue<PeerFrame>>,
     lane: Lane,
     own: BrokerId,
+    host: Host,
 ) -> impl Stream<Item = PeerBatch> + Send + 'static {
     let from = ReplicaId { broker: own, incarnation: Incarnation(0) }.to_u64();
     let mut last_beat: Option<Instant> = None;
@@ -207,28 +213,30 @@ pub(crate) fn batches(
         let due = last_beat.is_none_or(|at| at.elapsed() >= BEAT_EVERY);
         if lane == Lane::Control && due {
             last_beat = Some(Instant::now());
-            let beat = internal::Beat { wall_ms: wall_ms() };
+            let beat = internal::Beat { wall_ms: host.wall_ms() };
             frames.push(PeerFrame { from, message: Some(Message::Beat(beat)), ..Default::default() });
         }
         PeerBatch { frames }
     })
 }
 
+/// Whose link, and how it gets to its peer.
+pub(crate) struct Way {
+    pub(crate) link: Arc<Link>,
+    pub(crate) own: BrokerId,
+    pub(crate) lane: Lane,
+    pub(crate) channel: Channel,
+    pub(crate) host: Host,
+}
+
 /// Keeps a link connected until the task is dropped. `on_connect` runs after every successful attempt.
-pub(crate) async fn run(
-    link: Arc<Link>,
-    own: BrokerId,
-    lane: Lane,
-    channel: Channel,
-    clocks: Arc<Clocks>,
-    metrics: Arc<Metrics>,
-    on_connect: impl Fn(BrokerId) + Send,
-) {
+pub(crate) async fn run(way: Way, clocks: Arc<Clocks>, metrics: Arc<Metrics>, on_connect: impl Fn(BrokerId) + Send) {
+    let (link, lane) = (&way.link, way.lane);
     let mut pause = PAUSE.0;
     loop {
         let queue = FrameQueue::new(limits::PEER_QUEUE_BYTES);
         let started = Instant::now();
-        match open(own, lane, channel.clone(), queue.clone()).await {
+        match open(&way, queue.clone()).await {
             Ok(mut inbound) => {
                 metrics.peer_connects.inc();
                 link.connected(queue);
@@ -243,22 +251,17 @@ pub(crate) async fn run(
         if started.elapsed() > PAUSE.1 {
             pause = PAUSE.0;
         }
-        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+        tokio::time::sleep(pause.mul_f64(way.host.rng().random_range(0.5..1.0))).await;
         pause = (pause * 2).min(PAUSE.1);
     }
 }
 
-async fn open(
-    own: BrokerId,
-    lane: Lane,
-    channel: Channel,
-    queue: Arc<FrameQueue<PeerFrame>>,
-) -> Result<tonic::Streaming<PeerBatch>, tonic::Status> {
-    let mut client = PeerClient::new(channel)
+async fn open(way: &Way, queue: Arc<FrameQueue<PeerFrame>>) -> Result<tonic::Streaming<PeerBatch>, tonic::Status> {
+    let mut client = PeerClient::new(way.channel.clone())
         .max_decoding_message_size(limits::PEER_MESSAGE_BYTES)
         .max_encoding_message_size(limits::PEER_MESSAGE_BYTES);
-    let outgoing = batches(queue, lane, own);
-    let response = match lane {
+    let outgoing = batches(queue, way.lane, way.own, way.host.clone());
+    let response = match way.lane {
         Lane::Control => client.control(outgoing).await?,
         Lane::Append => client.append(outgoing).await?,
     };
@@ -312,7 +315,7 @@ mod tests {
     #[tokio::test]
     async fn wall_clocks_ride_along_but_never_alone() {
         let queue = FrameQueue::new(1000);
-        let mut control = batches(queue.clone(), Lane::Control, BrokerId(1)).boxed();
+        let mut control = batches(queue.clone(), Lane::Control, BrokerId(1), Host::real()).boxed();
         assert!(futures_util::poll!(control.next()).is_pending());
         queue.push(PeerFrame { id: 1, ..Default::default() }, 1);
         queue.push(PeerFrame { id: 2, ..Default::default() }, 1);

@@ -7,12 +7,12 @@ pub(crate) mod link;
 pub(crate) mod server;
 pub(crate) mod snapshot;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
-use hashbrown::HashMap;
 use stentor_proto::ids::BrokerId;
 use stentor_transport::{
-    grpc::{self, Channel},
+    Host,
+    grpc::Channel,
     tls::{ClientTls, TlsError},
 };
 use tokio::task::JoinSet;
@@ -29,30 +29,30 @@ struct Peer {
 
 /// The outgoing streams to all peers.
 pub(crate) struct Links {
-    peers: HashMap<BrokerId, Peer>,
+    peers: BTreeMap<BrokerId, Peer>,
 }
 
 impl Links {
     /// Starts a task per peer and lane; they end when `tasks` is dropped.
     pub(crate) fn start(
+        (host, tls): (&Host, &ClientTls),
         own: BrokerId,
         peers: impl Iterator<Item = (BrokerId, SocketAddr)>,
-        tls: &ClientTls,
         clocks: &Arc<Clocks>,
         metrics: &Arc<Metrics>,
         tasks: &mut JoinSet<()>,
         on_connect: impl Fn(BrokerId) + Clone + Send + 'static,
     ) -> Result<Arc<Self>, TlsError> {
-        let mut all = HashMap::new();
+        let mut all = BTreeMap::new();
         for (broker, addr) in peers {
             let (control, append) = (Link::new(broker), Link::new(broker));
             for (lane, link) in [(Lane::Control, &control), (Lane::Append, &append)] {
                 // A connection per lane: streams of one HTTP/2 connection share its window and its TCP queue.
-                let channel = grpc::channel(addr, tls)?;
-                let (clocks, metrics) = (clocks.clone(), metrics.clone());
-                tasks.spawn(link::run(link.clone(), own, lane, channel, clocks, metrics, on_connect.clone()));
+                let channel = host.channel(addr, tls)?;
+                let way = link::Way { link: link.clone(), own, lane, channel, host: host.clone() };
+                tasks.spawn(link::run(way, clocks.clone(), metrics.clone(), on_connect.clone()));
             }
-            all.insert(broker, Peer { control, append, bulk: grpc::channel(addr, tls)? });
+            all.insert(broker, Peer { control, append, bulk: host.channel(addr, tls)? });
         }
         Ok(Arc::new(Self { peers: all }))
     }

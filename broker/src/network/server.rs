@@ -1,7 +1,7 @@
 //! The incoming half between brokers: hands Raft messages to their shard's replica and answers. Must never reorder
 //! the appends of one shard, nor vote within one lease of the process's start for a shard that has voted before.
 
-use std::{pin::Pin, sync::Arc, time::Instant};
+use std::{pin::Pin, sync::Arc};
 
 use futures_util::{FutureExt, Stream, StreamExt, stream::FuturesUnordered};
 use stentor_engine::limits;
@@ -12,6 +12,7 @@ use stentor_proto::{
         peer_frame::Message, peer_server::Peer,
     },
 };
+use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
@@ -73,9 +74,9 @@ impl Peer for PeerService {
 /// One task per incoming stream works for all shards.
 fn serve(node: Arc<Node>, lane: Lane, inbound: Streaming<PeerBatch>) -> Outgoing {
     let queue = FrameQueue::new(limits::PEER_QUEUE_BYTES);
-    let own = node.broker;
+    let (own, host) = (node.broker, node.host.clone());
     node.spawn(work(node.clone(), inbound, queue.clone()));
-    Box::pin(batches(queue, lane, own).map(Ok))
+    Box::pin(batches(queue, lane, own, host).map(Ok))
 }
 
 async fn work(node: Arc<Node>, mut inbound: Streaming<PeerBatch>, queue: Arc<FrameQueue<PeerFrame>>) {

@@ -2,7 +2,6 @@
 //! call without an answer, nor let one be applied twice because its answer was lost on the way here.
 
 use hashbrown::HashMap;
-use rand::Rng;
 use stentor_engine::{command, effect::Outcome, limits};
 use stentor_proto::{
     Bytes,
@@ -11,6 +10,7 @@ use stentor_proto::{
     reason::Reason,
     v1::{self, ConversationKind, Refusal, request, response},
 };
+use stentor_transport::Host;
 
 use super::{Session, unexpected};
 use crate::inbox::{Call, Purpose, Reply};
@@ -67,11 +67,11 @@ impl Session {
         let direct = create.kind() == ConversationKind::Direct;
         let conversation = match (&users[..], create.conversation.as_str()) {
             ([other], "") if direct => ConversationId::direct(&self.who.user, other),
-            (_, "") => ConversationId::new(fresh_id()).map_err(|_| Reason::Internal)?,
+            (_, "") => ConversationId::new(fresh_id(&self.core.host)).map_err(|_| Reason::Internal)?,
             (_, given) => checked(given)?,
         };
         // A call without a key of its own gets one, so that an attempt whose answer was lost is not a second call.
-        let client_id = if create.client_id.is_empty() { fresh_id() } else { create.client_id };
+        let client_id = if create.client_id.is_empty() { fresh_id(&self.core.host) } else { create.client_id };
         let op = internal::Create {
             actor: Some(command::actor(&self.who.user, Some(&self.who.device), self.admin)),
             kind: create.kind,
@@ -94,7 +94,7 @@ impl Session {
             change: change as i32,
             role: request.role,
             expect_version: request.expect_version,
-            client_key: Some(internal::ClientKey { client_id: fresh_id().into(), first_try_ms: 0 }),
+            client_key: Some(internal::ClientKey { client_id: fresh_id(&self.core.host).into(), first_try_ms: 0 }),
         };
         let command = command::change_participant(&self.who.app, &conversation, op);
         command::check(&command)?;
@@ -217,9 +217,9 @@ fn checked(conversation: &str) -> Result<ConversationId, Reason> {
 }
 
 /// 128 random bits as text: nobody else's id.
-fn fresh_id() -> String {
+fn fresh_id(host: &Host) -> String {
     let mut id = String::with_capacity(32);
-    for byte in rand::rng().random::<[u8; 16]>() {
+    for byte in host.random::<[u8; 16]>() {
         id.extend([byte >> 4, byte & 15].iter().filter_map(|&digit| char::from_digit(digit.into(), 16)));
     }
     id

@@ -246,7 +246,7 @@ impl Session {
         let within_ms = self.core.config.limits.drain_ms;
         self.out.push(v1::GoAway { reason: Reason::Draining.code().into(), within_ms });
         // Those that stay to the end are not all cut in the same moment.
-        let jitter_ms = rand::rng().random_range(0..=u64::from(within_ms) / 4);
+        let jitter_ms = self.core.host.rng().random_range(0..=u64::from(within_ms) / 4);
         self.close_at_ms = Some(self.core.now_ms() + u64::from(within_ms) + jitter_ms);
     }
 

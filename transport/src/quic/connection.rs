@@ -1,11 +1,12 @@
 //! One QUIC connection, either side, and why connections end.
 
-use std::{io, net::SocketAddr};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use quinn::{ConnectError, ConnectionError, VarInt};
 use thiserror::Error;
 
-use super::{FrameReader, FrameWriter, listener::canonical};
+use super::{FrameReader, FrameWriter, frames, listener::canonical};
+use crate::memory::{self, Gone};
 
 /// Why a connection failed or ended. Nothing can be said about bytes that were written before and not answered.
 #[derive(Debug, Error)]
@@ -65,6 +66,18 @@ impl From<ConnectionError> for QuicError {
     }
 }
 
+impl From<Gone> for QuicError {
+    fn from(why: Gone) -> Self {
+        match why {
+            Gone::TimedOut => Self::TimedOut,
+            Gone::Reset => Self::Reset,
+            Gone::Refused => Self::Refused,
+            Gone::Closed | Gone::Killed => Self::Closed,
+            Gone::ClosedByPeer(code, reason) => Self::ClosedByPeer { code: code.into(), reason },
+        }
+    }
+}
+
 impl From<ConnectError> for QuicError {
     fn from(error: ConnectError) -> Self {
         match error {
@@ -78,38 +91,71 @@ impl From<ConnectError> for QuicError {
 /// are dropped.
 #[derive(Debug, Clone)]
 pub struct QuicConnection {
-    inner: quinn::Connection,
+    inner: Inner,
+}
+
+#[derive(Debug, Clone)]
+enum Inner {
+    Quinn(quinn::Connection),
+    Memory(Arc<memory::Side>),
+}
+
+/// As the real one's (`client::connect`).
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Connects over a simulated network.
+pub(crate) async fn simulated_connect(host: &memory::Host, addr: SocketAddr) -> Result<QuicConnection, QuicError> {
+    let connecting = memory::connect_quic(host, addr);
+    let side = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| QuicError::TimedOut)??;
+    Ok(QuicConnection::simulated(side))
 }
 
 impl QuicConnection {
     pub(super) fn new(inner: quinn::Connection) -> Self {
-        Self { inner }
+        Self { inner: Inner::Quinn(inner) }
+    }
+
+    pub(super) fn simulated(side: Arc<memory::Side>) -> Self {
+        Self { inner: Inner::Memory(side) }
     }
 
     /// Opens a stream. The other side sees it with the first bytes that are written.
     pub async fn open(&self) -> Result<(FrameWriter, FrameReader), QuicError> {
-        let (send, receive) = self.inner.open_bi().await?;
-        Ok((FrameWriter::new(send), FrameReader::new(receive)))
+        match &self.inner {
+            Inner::Quinn(connection) => Ok(frames::halves(connection.open_bi().await?)),
+            Inner::Memory(side) => Ok(frames::simulated(side.open()?)),
+        }
     }
 
     /// The next stream that the other side opened. Cancel-safe.
     pub async fn accept_stream(&self) -> Result<(FrameWriter, FrameReader), QuicError> {
-        let (send, receive) = self.inner.accept_bi().await?;
-        Ok((FrameWriter::new(send), FrameReader::new(receive)))
+        match &self.inner {
+            Inner::Quinn(connection) => Ok(frames::halves(connection.accept_bi().await?)),
+            Inner::Memory(side) => Ok(frames::simulated(side.accept().await?)),
+        }
     }
 
     /// Where the other side is; changes when a device moves to another network.
     pub fn remote_address(&self) -> SocketAddr {
-        canonical(self.inner.remote_address())
+        match &self.inner {
+            Inner::Quinn(connection) => canonical(connection.remote_address()),
+            Inner::Memory(side) => side.remote_address(),
+        }
     }
 
     /// Closes it now: what was not acknowledged yet may be lost. After [`FrameWriter::finish`] nothing is.
     pub fn close(&self, code: u32, reason: &str) {
-        self.inner.close(VarInt::from_u32(code), reason.as_bytes());
+        match &self.inner {
+            Inner::Quinn(connection) => connection.close(VarInt::from_u32(code), reason.as_bytes()),
+            Inner::Memory(side) => side.close(code, reason),
+        }
     }
 
     /// Waits for its end, however it comes.
     pub async fn closed(&self) -> QuicError {
-        self.inner.closed().await.into()
+        match &self.inner {
+            Inner::Quinn(connection) => connection.closed().await.into(),
+            Inner::Memory(side) => side.closed().await.into(),
+        }
     }
 }

@@ -9,6 +9,7 @@ use stentor_proto::frame::{self, BadFrame};
 use thiserror::Error;
 
 use super::QuicError;
+use crate::memory::{self, Stopped};
 
 /// Packets of about 1.4 kB come as a chunk each; taking several at once costs one lock for all. Not more: the places for
 /// them are part of every idle reader.
@@ -56,10 +57,30 @@ pub enum WriteError {
     Connection(#[from] QuicError),
 }
 
+#[derive(Debug)]
+enum Receive {
+    Quinn(RecvStream),
+    Memory(memory::Receiver),
+}
+
+#[derive(Debug)]
+enum Send {
+    Quinn(SendStream),
+    Memory(memory::Sender),
+}
+
+pub(super) fn halves((send, receive): (SendStream, RecvStream)) -> (FrameWriter, FrameReader) {
+    (FrameWriter::new(Send::Quinn(send)), FrameReader::new(Receive::Quinn(receive)))
+}
+
+pub(super) fn simulated((send, receive): (memory::Sender, memory::Receiver)) -> (FrameWriter, FrameReader) {
+    (FrameWriter::new(Send::Memory(send)), FrameReader::new(Receive::Memory(receive)))
+}
+
 /// The receiving half of a stream.
 #[derive(Debug)]
 pub struct FrameReader {
-    receive: RecvStream,
+    receive: Receive,
     buffer: BytesMut,
     max_frame_bytes: usize,
     max_resume_bytes: usize,
@@ -67,7 +88,7 @@ pub struct FrameReader {
 }
 
 impl FrameReader {
-    pub(super) fn new(receive: RecvStream) -> Self {
+    fn new(receive: Receive) -> Self {
         Self {
             receive,
             buffer: BytesMut::new(),
@@ -115,7 +136,17 @@ impl FrameReader {
 
     async fn receive_more(&mut self) -> Result<(), ReadError> {
         let mut chunks = [const { Bytes::new() }; CHUNKS_AT_ONCE];
-        match self.receive.read_chunks(&mut chunks).await {
+        let receive = match &mut self.receive {
+            Receive::Quinn(receive) => receive,
+            Receive::Memory(receive) => {
+                match receive.read().await.map_err(QuicError::from)? {
+                    Some(bytes) => self.buffer.put_slice(&bytes),
+                    None => self.ended = true,
+                }
+                return Ok(());
+            }
+        };
+        match receive.read_chunks(&mut chunks).await {
             Ok(Some(count)) => {
                 let chunks = &chunks[..count];
                 self.buffer.reserve(chunks.iter().map(Bytes::len).sum());
@@ -136,13 +167,13 @@ impl FrameReader {
 /// The sending half of a stream. Dropping it finishes the stream without waiting.
 #[derive(Debug)]
 pub struct FrameWriter {
-    send: SendStream,
+    send: Send,
     /// Taken over from callers, not yet by quinn.
     pending: VecDeque<Bytes>,
 }
 
 impl FrameWriter {
-    pub(super) fn new(send: SendStream) -> Self {
+    fn new(send: Send) -> Self {
         Self { send, pending: VecDeque::new() }
     }
 
@@ -157,8 +188,16 @@ impl FrameWriter {
     /// Ends the stream and waits up to 3 s until the other side has everything (or has gone).
     pub async fn finish(&mut self) {
         let finish = async {
-            if self.flush().await.is_ok() && self.send.finish().is_ok() {
-                let _ = self.send.stopped().await;
+            if self.flush().await.is_err() {
+                return;
+            }
+            match &mut self.send {
+                Send::Quinn(send) => {
+                    if send.finish().is_ok() {
+                        let _ = send.stopped().await;
+                    }
+                }
+                Send::Memory(send) => send.finish().await,
             }
         };
         let _ = tokio::time::timeout(FINISH_TIMEOUT, finish).await;
@@ -166,8 +205,15 @@ impl FrameWriter {
 
     async fn flush(&mut self) -> Result<(), WriteError> {
         while !self.pending.is_empty() {
+            let send = match &mut self.send {
+                Send::Quinn(send) => send,
+                Send::Memory(send) => {
+                    simulated_write(send, &mut self.pending).await?;
+                    continue;
+                }
+            };
             // A chunk that is taken in part stays with its rest.
-            match self.send.write_chunks(self.pending.make_contiguous()).await {
+            match send.write_chunks(self.pending.make_contiguous()).await {
                 Ok(written) => drop(self.pending.drain(..written.chunks)),
                 Err(error) => {
                     self.pending.clear();
@@ -182,6 +228,22 @@ impl FrameWriter {
         }
         Ok(())
     }
+}
+
+async fn simulated_write(send: &mut memory::Sender, pending: &mut VecDeque<Bytes>) -> Result<(), WriteError> {
+    let Some(front) = pending.front_mut() else { return Ok(()) };
+    let written = send.write(front).await;
+    if front.is_empty() {
+        pending.pop_front();
+    }
+    written.map_err(|why| {
+        pending.clear();
+        match why {
+            Stopped::ByReader => WriteError::Stopped(0),
+            Stopped::Finished => WriteError::Finished,
+            Stopped::Gone(why) => QuicError::from(why).into(),
+        }
+    })
 }
 
 /// Moves `frames` to `out`: runs of small ones as one chunk, the others as they are.

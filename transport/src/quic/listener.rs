@@ -17,7 +17,7 @@ use quinn::{
 use rand::RngCore;
 
 use super::{BindError, IDLE_TIMEOUT_MS, QuicConnection, QuicError};
-use crate::{bind, tls::ServerTls};
+use crate::{bind, memory, tls::ServerTls};
 
 /// What connections may cost the listener. The defaults are the measured ones: about 29 kB per idle connection.
 #[derive(Debug, Clone)]
@@ -60,7 +60,16 @@ impl Default for QuicLimits {
 
 /// Accepts devices' connections.
 #[derive(Debug)]
-pub struct QuicListener {
+pub struct QuicListener(Inner);
+
+#[derive(Debug)]
+enum Inner {
+    Quinn(Quinn),
+    Memory(memory::QuicListener),
+}
+
+#[derive(Debug)]
+struct Quinn {
     endpoint: Endpoint,
     addr: SocketAddr,
     limits: QuicLimits,
@@ -79,21 +88,56 @@ impl QuicListener {
         let addr = socket.local_addr().map_err(io)?;
         let endpoint =
             Endpoint::new(endpoint_config(tls, limits.gateway), Some(config), socket, runtime).map_err(io)?;
-        Ok(Self { endpoint, addr, limits, handshakes: Arc::default() })
+        Ok(Self(Inner::Quinn(Quinn { endpoint, addr, limits, handshakes: Arc::default() })))
+    }
+
+    pub(crate) fn simulated(listener: memory::QuicListener) -> Self {
+        Self(Inner::Memory(listener))
     }
 
     /// Where it listens.
     pub fn local_addr(&self) -> SocketAddr {
-        self.addr
+        match &self.0 {
+            Inner::Quinn(quinn) => quinn.addr,
+            Inner::Memory(memory) => memory.local_addr(),
+        }
     }
 
     /// Connections at the moment, handshakes included.
     pub fn connections(&self) -> usize {
-        self.endpoint.open_connections()
+        match &self.0 {
+            Inner::Quinn(quinn) => quinn.endpoint.open_connections(),
+            Inner::Memory(memory) => memory.connections(),
+        }
     }
 
     /// The next device, whose handshake is still to be done (in a task of its own). `None` once closed. Cancel-safe.
     pub async fn accept(&self) -> Option<QuicIncoming> {
+        Some(QuicIncoming(match &self.0 {
+            Inner::Quinn(quinn) => Knock::Quinn(quinn.accept().await?),
+            Inner::Memory(memory) => Knock::Memory(memory.accept().await?),
+        }))
+    }
+
+    /// Closes every connection with `reason` and accepts no more.
+    pub fn close(&self, reason: &str) {
+        match &self.0 {
+            Inner::Quinn(quinn) => quinn.endpoint.close(VarInt::from_u32(0), reason.as_bytes()),
+            Inner::Memory(memory) => memory.close(reason),
+        }
+    }
+
+    /// Waits until all connections are gone and their last packets sent.
+    pub async fn wait_idle(&self) {
+        match &self.0 {
+            Inner::Quinn(quinn) => quinn.endpoint.wait_idle().await,
+            Inner::Memory(memory) => memory.wait_idle().await,
+        }
+    }
+}
+
+impl Quinn {
+    async fn accept(&self) -> Option<Unproven> {
         loop {
             let incoming = self.endpoint.accept().await?;
             if self.endpoint.open_connections() >= self.limits.max_connections {
@@ -107,24 +151,24 @@ impl QuicListener {
                 continue;
             }
             let handshake = Handshake::begin(&self.handshakes);
-            return Some(QuicIncoming { incoming, handshake, timeout: self.limits.handshake_timeout });
+            return Some(Unproven { incoming, handshake, timeout: self.limits.handshake_timeout });
         }
-    }
-
-    /// Closes every connection with `reason` and accepts no more.
-    pub fn close(&self, reason: &str) {
-        self.endpoint.close(VarInt::from_u32(0), reason.as_bytes());
-    }
-
-    /// Waits until all connections are gone and their last packets sent.
-    pub async fn wait_idle(&self) {
-        self.endpoint.wait_idle().await;
     }
 }
 
 /// A device that knocks.
 #[derive(Debug)]
-pub struct QuicIncoming {
+pub struct QuicIncoming(Knock);
+
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "the large one is the one of production")]
+enum Knock {
+    Quinn(Unproven),
+    Memory(memory::Incoming),
+}
+
+#[derive(Debug)]
+struct Unproven {
     incoming: quinn::Incoming,
     handshake: Handshake,
     timeout: Duration,
@@ -133,20 +177,30 @@ pub struct QuicIncoming {
 impl QuicIncoming {
     /// Where it comes from.
     pub fn remote_address(&self) -> SocketAddr {
-        canonical(self.incoming.remote_address())
+        match &self.0 {
+            Knock::Quinn(unproven) => canonical(unproven.incoming.remote_address()),
+            Knock::Memory(incoming) => incoming.remote_address(),
+        }
     }
 
     /// Does the handshake.
     pub async fn connect(self) -> Result<QuicConnection, QuicError> {
-        let connecting = self.incoming.accept()?;
-        let connection = tokio::time::timeout(self.timeout, connecting).await.map_err(|_| QuicError::TimedOut)??;
-        drop(self.handshake);
+        let Unproven { incoming, handshake, timeout } = match self.0 {
+            Knock::Quinn(unproven) => unproven,
+            Knock::Memory(incoming) => return Ok(QuicConnection::simulated(incoming.connect())),
+        };
+        let connecting = incoming.accept()?;
+        let connection = tokio::time::timeout(timeout, connecting).await.map_err(|_| QuicError::TimedOut)??;
+        drop(handshake);
         Ok(QuicConnection::new(connection))
     }
 
     /// Refuses it.
     pub fn refuse(self) {
-        self.incoming.refuse();
+        match self.0 {
+            Knock::Quinn(unproven) => unproven.incoming.refuse(),
+            Knock::Memory(incoming) => incoming.refuse(),
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod listener;
 mod tests;
 
 pub use client::connect;
+pub(crate) use connection::simulated_connect;
 pub use connection::{QuicConnection, QuicError};
 pub use frames::{FrameReader, FrameWriter, ReadError, WriteError};
 pub use listener::{QuicIncoming, QuicLimits, QuicListener};
