@@ -22,7 +22,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     batcher::{NotProposed, Reply, not_leader},
-    interest::Attached,
+    interest::{Attached, Generation},
     meta,
     node::Node,
     queue::{Batches, FrameQueue},
@@ -144,7 +144,7 @@ impl Session {
             In::Hello(hello) => return self.hello(&hello),
             _ if !self.greeted => return false,
             In::Propose(propose) => self.propose(propose),
-            In::Interest(interest) => work.push(Box::pin(register(self.node.clone(), self.stream.clone(), interest))),
+            In::Interest(interest) => self.register(interest, work),
             In::DropInterest(interest) => self.drop_interest(&interest),
             In::Read(_) | In::Heads(_) | In::Lookup(_) => {
                 let node = self.node.clone();
@@ -180,6 +180,28 @@ impl Session {
         }
     }
 
+    /// Registers interest now, in the order of the stream's frames, and reads the head later: whatever is applied in
+    /// between comes as live.
+    fn register(&self, interest: Interest, work: &mut FuturesUnordered<Work>) {
+        match self.begin_interest(&interest) {
+            Ok(begun) => work.push(Box::pin(registered(self.node.clone(), self.stream.clone(), interest, begun))),
+            Err(error) => answer(&self.stream, interest_state(&self.node, interest.id, Err(error))),
+        }
+    }
+
+    fn begin_interest(&self, interest: &Interest) -> Result<Begun, NotRead> {
+        AppId::check(interest.app.as_bytes()).map_err(|_| Reason::BadId)?;
+        ConversationId::check(interest.conversation.as_bytes()).map_err(|_| Reason::BadId)?;
+        let elsewhere = NotRead::NotLeader { leader: None, retry_here: false };
+        let hosted = self.node.hosted(ShardId(interest.shard)).ok_or(elsewhere)?;
+        if !self.stream.may_add_interest() {
+            return Err(Reason::Overloaded.into());
+        }
+        let term = hosted.leadership().term;
+        let generation = hosted.effects.interest.add(&self.stream, &interest.app, &interest.conversation);
+        Ok(Begun { hosted, term, generation })
+    }
+
     fn drop_interest(&self, interest: &DropInterest) {
         if let Some(hosted) = self.node.hosted(ShardId(interest.shard)) {
             hosted.effects.interest.remove(&self.stream, &interest.app, &interest.conversation);
@@ -207,11 +229,32 @@ pub(crate) fn checked(node: &Node, shard: ShardId, command: &Bytes) -> Result<Ar
     if fits { Ok(hosted) } else { Err(Unfit::NotHere) }
 }
 
-/// Registers interest first and reads the head second: whatever is applied in between comes as live.
-async fn register(node: Arc<Node>, stream: Arc<Attached>, interest: Interest) -> Out {
-    let Interest { id, shard, app, conversation } = interest;
+/// Interest that was added and whose head is not read yet.
+struct Begun {
+    hosted: Arc<HostedShard>,
+    term: u64,
+    generation: Generation,
+}
+
+async fn registered(node: Arc<Node>, stream: Arc<Attached>, interest: Interest, begun: Begun) -> Out {
+    let Interest { id, app, conversation, .. } = interest;
+    let Begun { hosted, term, generation } = begun;
+    let head = head(&hosted, &app, &conversation).await;
+    let leads = hosted.effects.leading() == term && !stream.queue.is_closed();
+    let result = match head {
+        Ok(head) if leads => Ok(Registered { head, term }),
+        Ok(_) => Err(NotRead::NotLeader { leader: hosted.leadership().elsewhere(), retry_here: false }),
+        Err(error) => Err(error),
+    };
+    if result.is_err() {
+        hosted.effects.interest.withdraw(&stream, &app, &conversation, generation);
+    }
+    interest_state(&node, id, result)
+}
+
+fn interest_state(node: &Node, id: u64, result: Result<Registered, NotRead>) -> Out {
     let version = node.meta.view().map_or(0, |view| view.version());
-    let result = match registered(&node, &stream, ShardId(shard), &app, &conversation).await {
+    let result = match result {
         Ok(registered) => interest_state::Result::Registered(registered),
         Err(NotRead::NotLeader { leader, retry_here }) => {
             interest_state::Result::NotLeader(not_leader(leader, retry_here, version))
@@ -219,37 +262,6 @@ async fn register(node: Arc<Node>, stream: Arc<Attached>, interest: Interest) ->
         Err(NotRead::Refused(refusal)) => interest_state::Result::Refusal(refusal),
     };
     Out::Interest(InterestState { id, result: Some(result) })
-}
-
-async fn registered(
-    node: &Node,
-    stream: &Arc<Attached>,
-    shard: ShardId,
-    app: &str,
-    conversation: &str,
-) -> Result<Registered, NotRead> {
-    AppId::check(app.as_bytes()).map_err(|_| Reason::BadId)?;
-    ConversationId::check(conversation.as_bytes()).map_err(|_| Reason::BadId)?;
-    let hosted = node.hosted(shard).ok_or(NotRead::NotLeader { leader: None, retry_here: false })?;
-    if !stream.may_add_interest() {
-        return Err(Reason::Overloaded.into());
-    }
-    let term = hosted.leadership().term;
-    let interest = &hosted.effects.interest;
-    interest.add(stream, app, conversation);
-    let head = head(&hosted, app, conversation).await;
-    let leads = hosted.effects.leading() == term && !stream.queue.is_closed();
-    match head {
-        Ok(head) if leads => Ok(Registered { head, term }),
-        Ok(_) => {
-            interest.remove(stream, app, conversation);
-            Err(NotRead::NotLeader { leader: hosted.leadership().elsewhere(), retry_here: false })
-        }
-        Err(error) => {
-            interest.remove(stream, app, conversation);
-            Err(error)
-        }
-    }
 }
 
 async fn head(hosted: &HostedShard, app: &str, conversation: &str) -> Result<u64, NotRead> {

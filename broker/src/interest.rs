@@ -150,9 +150,20 @@ pub(crate) struct ShardInterest {
     state: Mutex<State>,
 }
 
+/// A stream's interest in one conversation.
+struct Interested {
+    stream: Arc<Attached>,
+    /// Of the newest registration.
+    generation: Generation,
+}
+
+/// Tells the registrations of one conversation by one stream apart.
+pub(crate) type Generation = u64;
+
 #[derive(Default)]
 struct State {
-    conversations: HashMap<Key, Vec<Arc<Attached>>>,
+    conversations: HashMap<Key, Vec<Interested>>,
+    next_generation: Generation,
     /// Streams with interest in the shard, with how many.
     streams: BTreeMap<u64, (Arc<Attached>, usize)>,
 }
@@ -163,25 +174,38 @@ impl ShardInterest {
     }
 
     /// From now on the stream gets every event of the conversation that this leader applies.
-    pub(crate) fn add(&self, stream: &Arc<Attached>, app: &str, conversation: &str) {
+    pub(crate) fn add(&self, stream: &Arc<Attached>, app: &str, conversation: &str) -> Generation {
         let mut state = self.state.lock();
+        let generation = state.next_generation;
+        state.next_generation += 1;
         let key = KeyRef { app: app.as_bytes(), conversation: conversation.as_bytes() };
         let streams = state.conversations.entry(key.to_key()).or_default();
-        if streams.iter().any(|s| s.id == stream.id) {
-            return;
+        if let Some(known) = streams.iter_mut().find(|s| s.stream.id == stream.id) {
+            known.generation = generation;
+            return generation;
         }
-        streams.push(stream.clone());
+        streams.push(Interested { stream: stream.clone(), generation });
         stream.interests.fetch_add(1, Ordering::Relaxed);
         state.streams.entry(stream.id).or_insert_with(|| (stream.clone(), 0)).1 += 1;
+        generation
     }
 
     /// No more events of the conversation for this stream.
     pub(crate) fn remove(&self, stream: &Attached, app: &str, conversation: &str) {
+        self.remove_if(stream, app, conversation, |_| true);
+    }
+
+    /// A registration came to nothing. One that came after it stands.
+    pub(crate) fn withdraw(&self, stream: &Attached, app: &str, conversation: &str, generation: Generation) {
+        self.remove_if(stream, app, conversation, |newest| newest == generation);
+    }
+
+    fn remove_if(&self, stream: &Attached, app: &str, conversation: &str, which: impl Fn(Generation) -> bool) {
         let mut state = self.state.lock();
         let key = KeyRef { app: app.as_bytes(), conversation: conversation.as_bytes() };
         let Some(streams) = state.conversations.get_mut(&key) else { return };
         let before = streams.len();
-        streams.retain(|s| s.id != stream.id);
+        streams.retain(|s| s.stream.id != stream.id || !which(s.generation));
         if streams.len() == before {
             return;
         }
@@ -205,7 +229,7 @@ impl ShardInterest {
             return;
         }
         state.conversations.retain(|_, streams| {
-            streams.retain(|s| s.id != stream.id);
+            streams.retain(|s| s.stream.id != stream.id);
             !streams.is_empty()
         });
     }
@@ -238,7 +262,7 @@ impl ShardInterest {
     fn carry(&self, state: &State, run: Option<Run<'_>>, metrics: &Metrics) {
         let Some(run) = run else { return };
         let streams = state.conversations.get(&run.key).into_iter().flatten();
-        streams.for_each(|stream| stream.live(self.shard, &run, metrics));
+        streams.for_each(|interested| interested.stream.live(self.shard, &run, metrics));
     }
 
     /// Tells every interested stream that this replica still leads, with the heads of what was dropped.
@@ -254,7 +278,11 @@ impl ShardInterest {
 
     /// Tells every interested stream that this replica leads no more, and forgets all interest.
     pub(crate) fn close(&self, term: u64) {
-        let State { conversations, streams } = std::mem::take(&mut *self.state.lock());
+        let (conversations, streams) = {
+            let mut state = self.state.lock();
+            // The count goes on: a registration of before must not look like one of after.
+            (std::mem::take(&mut state.conversations), std::mem::take(&mut state.streams))
+        };
         drop(conversations);
         for (stream, count) in streams.into_values() {
             stream.interests.fetch_sub(count, Ordering::Relaxed);

@@ -44,6 +44,28 @@ fn only_the_interested_get_events_and_only_once() {
 }
 
 #[test]
+fn a_registration_that_fails_takes_no_newer_one_with_it() {
+    let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
+    let stream = Attached::new("one".into());
+    let mut out = Batches::of(stream.queue.clone());
+    let older = interest.add(&stream, "app", "a");
+    interest.remove(&stream, "app", "a");
+    let newer = interest.add(&stream, "app", "a");
+    interest.withdraw(&stream, "app", "a", older);
+    interest.fan_out(&[event("a", 1, 10)], &metrics);
+    assert_eq!(frames(&mut out).len(), 1, "the newer one stands");
+    let newest = interest.add(&stream, "app", "a");
+    interest.withdraw(&stream, "app", "a", newer);
+    interest.close(4);
+    assert_eq!(frames(&mut out).len(), 1, "told that it is over, since it was still there");
+    let after = interest.add(&stream, "app", "a");
+    interest.withdraw(&stream, "app", "a", newest);
+    assert_eq!(interest.streams().len(), 1, "one of before the end does not end one of after it");
+    interest.withdraw(&stream, "app", "a", after);
+    assert!(interest.streams().is_empty());
+}
+
+#[test]
 fn what_a_full_stream_drops_is_told_with_the_next_beat() {
     let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
     let stream = Attached::new("one".into());

@@ -97,21 +97,45 @@ impl<'a> Search<'a> {
 /// Proposes a command to the shard's leader and waits for its outcome. A refusal of `apply` is an outcome here.
 pub(crate) async fn propose(node: &Node, shard: ShardId, command: Bytes, retry: Retry) -> Result<Outcome, Refusal> {
     let mut search = Search::new(node, shard);
+    let mut fate = Fate::Unsent;
     loop {
-        let hint = match attempt(node, search.target(), shard, &command).await? {
+        let attempt = attempt(node, search.target(), shard, &command).await;
+        let hint = match attempt.map_err(|refusal| fate.tell(refusal))? {
             Ok(outcome) => return Ok(outcome),
-            Err(NotProposed::Overloaded) => return Err(Reason::Overloaded.refusal()),
+            Err(NotProposed::Overloaded) => return Err(fate.tell(Reason::Overloaded.refusal())),
             Err(NotProposed::NotLeader { leader, .. }) => leader,
-            Err(NotProposed::Unknown { leader }) if retry == Retry::Always => leader,
-            Err(NotProposed::Unknown { .. }) => return Err(Reason::Unavailable.with(UNKNOWN)),
+            Err(NotProposed::Unknown { leader }) => {
+                fate = Fate::Unknown;
+                if retry == Retry::OnlyUnsent {
+                    return Err(Reason::OutcomeUnknown.refusal());
+                }
+                leader
+            }
         };
         if !search.next(hint).await {
-            return Err(Reason::Unavailable.refusal());
+            return Err(fate.tell(Reason::Unavailable.refusal()));
         }
     }
 }
 
-const UNKNOWN: &str = "the leader was lost before it answered; the call may have succeeded";
+/// What is known of a command's attempts so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// None can have been applied.
+    Unsent,
+    /// One may have been.
+    Unknown,
+}
+
+impl Fate {
+    /// A refusal of the last attempt says nothing of an earlier one that may have been applied.
+    fn tell(self, refusal: Refusal) -> Refusal {
+        match self {
+            Self::Unsent => refusal,
+            Self::Unknown => Reason::OutcomeUnknown.refusal(),
+        }
+    }
+}
 
 async fn attempt(
     node: &Node,
@@ -222,5 +246,19 @@ pub(crate) async fn lookup(
         In::Lookup(LookupDone { result: Some(lookup_done::Result::Refusal(refusal)), .. }) => Err(refusal),
         In::Lookup(LookupDone { result: Some(result), .. }) => Ok(result),
         _ => Err(Reason::Internal.refusal()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn once_an_attempt_may_have_been_applied_no_refusal_says_that_nothing_happened() {
+        for reason in [Reason::Unavailable, Reason::Overloaded, Reason::Internal] {
+            assert_eq!(Fate::Unsent.tell(reason.refusal()), reason.refusal());
+            let told = Fate::Unknown.tell(reason.refusal());
+            assert_eq!((told.reason.as_str(), told.retryable), ("OUTCOME_UNKNOWN", true));
+        }
     }
 }

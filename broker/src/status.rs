@@ -74,6 +74,7 @@ fn code(reason: Reason) -> Code {
     match reason {
         Internal => Code::Internal,
         Unavailable | Draining => Code::Unavailable,
+        OutcomeUnknown => Code::DeadlineExceeded,
         Overloaded | RateLimited | TooManyParticipants | TooManyConversations | TooManyDevices | TooManyStays
         | TooManySubscriptions | TooManyOpenSends | BodyTooLarge | FrameTooLarge => Code::ResourceExhausted,
         UnknownConversation | UnknownDevice | UnknownShard => Code::NotFound,

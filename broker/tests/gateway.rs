@@ -10,7 +10,7 @@ use stentor_proto::{
     Bytes,
     ids::{AppId, ConversationId, DeviceId, UserId},
     internal::{
-        self, Heads, Interest, Propose, Read, WatchPlacementRequest, broker_client::BrokerClient,
+        self, DropInterest, Heads, Interest, Propose, Read, WatchPlacementRequest, broker_client::BrokerClient,
         broker_frame::Frame as In, gateway_frame::Frame as Out, interest_state, outcome, proposed, read_done,
     },
     v1::HistoryRequest,
@@ -118,6 +118,43 @@ async fn live_events_come_in_order_after_interest() {
     );
     let (answered, live) = propose_and_collect(&mut gateway, 201, 50).await;
     assert_eq!((answered.len(), live.first().unwrap().0, live.last().unwrap().0), (50, 202, 251));
+    cluster.stop().await;
+}
+
+/// The frames of one batch, and a read behind them to know when they were carried out. Gives the live frames that came.
+async fn lives(gateway: &mut Gateway, interest: Vec<Out>, send_no: u64) -> usize {
+    let answers = interest.iter().filter(|frame| matches!(frame, Out::Interest(_))).count();
+    gateway.send(interest).await;
+    for _ in 0..answers {
+        assert!(matches!(gateway.next_but_beats().await, Some(In::Interest(_))));
+    }
+    let command = send(send_no, "x");
+    gateway.send(vec![Out::Propose(Propose { id: send_no, shard: SHARD, command, ..Default::default() })]).await;
+    let (mut lives, mut answered) = (0, false);
+    loop {
+        match gateway.next_but_beats().await.unwrap() {
+            In::Live(_) => lives += 1,
+            In::Proposed(_) => {
+                answered = true;
+                gateway.send(vec![Out::Read(Read { shard: SHARD, ..Default::default() })]).await;
+            }
+            In::Read(_) if answered => return lives,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn interest_is_added_and_dropped_in_the_order_of_the_frames() {
+    let cluster = Cluster::start(1, 1).await;
+    cluster.caller(0, "ann").create("general", &[]).await.unwrap();
+    leader(&cluster, 0).await;
+    let mut gateway = Gateway::attach(cluster.peer(0)).await.unwrap();
+    let drop =
+        || Out::DropInterest(DropInterest { shard: SHARD, app: APP.into(), conversation: "general".into() });
+    assert_eq!(lives(&mut gateway, vec![interest(1), drop()], 1).await, 0, "dropped after it was added");
+    assert_eq!(lives(&mut gateway, vec![interest(2), drop(), interest(3)], 2).await, 1, "and added again");
+    assert_eq!(lives(&mut gateway, vec![drop()], 3).await, 0);
     cluster.stop().await;
 }
 

@@ -91,7 +91,8 @@ pub(crate) fn refusal(status: &Status) -> Refusal {
         return refusal;
     }
     let reason = match status.code() {
-        Code::Unavailable | Code::Cancelled | Code::Unknown | Code::DeadlineExceeded => Reason::Unavailable,
+        Code::Unavailable => Reason::Unavailable,
+        Code::Cancelled | Code::Unknown | Code::DeadlineExceeded => Reason::OutcomeUnknown,
         Code::Unauthenticated => Reason::Unauthenticated,
         Code::PermissionDenied => Reason::PermissionDenied,
         Code::Unimplemented => Reason::NotBuilt,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use stentor_engine::session::client::{Backoff, Draws};
 use stentor_proto::{
+    reason::Reason,
     ids::{ClientId, ConversationId, SendNo, Seq, UserId, Version, key_crc},
     record,
     v1::{self, Conversation, ConversationKind, ListResponse, Role, item, request::Call, response},
@@ -290,6 +291,7 @@ impl Client {
     async fn call(&self, call: Call, repeat: Repeat) -> Result<response::Result, ClientError> {
         let until = Instant::now() + self.request_timeout;
         let mut draws = Draws::new(self.shared.host.random());
+        let mut doubt = false;
         for attempt in 0.. {
             let (reply, answer) = oneshot::channel();
             let command = Command::Request { call: Box::new(call.clone()), reply };
@@ -303,7 +305,12 @@ impl Client {
             match reply? {
                 Reply::Answer(Ok(result)) => return Ok(result),
                 Reply::Answer(Err(refusal)) => {
-                    if !refusal.retryable || repeat == Repeat::Never || !in_time {
+                    doubt |= refusal.reason == Reason::OutcomeUnknown.code();
+                    let last = repeat == Repeat::Never || !in_time;
+                    if doubt && last {
+                        return Err(ClientError::Unknown(refusal.message));
+                    }
+                    if !refusal.retryable || last {
                         return Err(ClientError::Refused(refusal));
                     }
                 }

@@ -152,7 +152,8 @@ pub const GATEWAY_CONNECTIONS: usize = 20_000;
 pub const FRAME_OVERHEAD_BYTES: usize = 4 * 1024;
 /// The longest client frame that any configuration may allow: the largest event record in a frame of its own.
 pub const MAX_CLIENT_FRAME_BYTES: usize = 2 * 1024 * 1024;
-/// How long a gateway looks for a shard's leader before it answers `UNAVAILABLE`, in ms. Longer than an election.
+/// How long a gateway looks for a shard's leader before it answers `UNAVAILABLE`, or `OUTCOME_UNKNOWN` for what it has
+/// sent, in ms. Longer than an election.
 pub const ANSWER_WITHIN_MS: u64 = 10_000;
 /// A leader that a gateway waits for and that says nothing for so long is looked for elsewhere, in ms.
 pub const SILENT_LEADER_MS: u64 = 3_000;
@@ -209,7 +210,8 @@ pub const SHARD_BEAT_MS: u64 = 500;
 
 // Calls of the public API.
 
-/// How long a call looks for a leader before it is refused (`UNAVAILABLE`), in ms.
+/// How long a call looks for a leader before it is refused (`UNAVAILABLE`, or `OUTCOME_UNKNOWN` once an attempt may
+/// have been applied), in ms.
 pub const CALL_PATIENCE_MS: u64 = 10_000;
 /// Calls of one broker to another that have no answer yet.
 pub const FORWARDED_CALLS: usize = 4_096;

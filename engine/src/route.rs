@@ -22,11 +22,22 @@ pub struct PipeLimits {
     pub bytes: usize,
 }
 
+/// What is known of a proposal that got no answer in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expired {
+    /// It never went out: nothing happened.
+    Unsent,
+    /// It may have been applied, or still be.
+    Unknown,
+}
+
 #[derive(Debug)]
 struct Entry<T> {
     /// Of the last attempt; ascending along the sent part of the pipe.
     id: u64,
     pushed_ms: u64,
+    /// It went out, on this route or an earlier one.
+    was_sent: bool,
     command: Bytes,
     /// `None`: answered, only holding its place until what stands before it is answered too.
     tag: Option<T>,
@@ -63,7 +74,7 @@ impl<T> Pipe<T> {
         }
         self.bytes += command.len();
         self.open += 1;
-        self.entries.push_back(Entry { id: 0, pushed_ms: now_ms, command, tag: Some(tag) });
+        self.entries.push_back(Entry { id: 0, pushed_ms: now_ms, was_sent: false, command, tag: Some(tag) });
         Ok(())
     }
 
@@ -71,7 +82,7 @@ impl<T> Pipe<T> {
     /// abandoned attempt meets nobody.
     pub fn send(&mut self, mut out: impl FnMut(u64, &Bytes)) {
         for entry in self.entries.range_mut(self.sent..) {
-            entry.id = self.next_id;
+            (entry.id, entry.was_sent) = (self.next_id, true);
             self.next_id += 1;
             out(entry.id, &entry.command);
         }
@@ -102,16 +113,17 @@ impl<T> Pipe<T> {
         self.sent = 0;
     }
 
-    /// Gives up on proposals that were pushed at or before `before_ms`, oldest first. They may still be applied: their
-    /// senders are told to try again, which exactly-once makes harmless.
-    pub fn expire(&mut self, before_ms: u64, mut gone: impl FnMut(T)) {
+    /// Gives up on proposals that were pushed at or before `before_ms`, oldest first, and says what is known of each:
+    /// what was sent may have been applied or still be. Their senders are told to try again, which exactly-once makes
+    /// harmless.
+    pub fn expire(&mut self, before_ms: u64, mut gone: impl FnMut(T, Expired)) {
         while self.entries.front().is_some_and(|entry| entry.pushed_ms <= before_ms) {
             let Some(entry) = self.entries.pop_front() else { return };
             self.sent = self.sent.saturating_sub(1);
             self.bytes -= entry.command.len();
             if let Some(tag) = entry.tag {
                 self.open -= 1;
-                gone(tag);
+                gone(tag, if entry.was_sent { Expired::Unknown } else { Expired::Unsent });
             }
         }
     }

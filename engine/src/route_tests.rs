@@ -193,11 +193,23 @@ fn what_waited_too_long_is_given_up_from_the_front() {
     pipe.send(|id, _| ids.push(id));
     assert_eq!(pipe.answered(ids[1]), Some(1));
     let mut gone = Vec::new();
-    pipe.expire(8, |tag| gone.push(tag));
-    assert_eq!(gone, [0]);
+    pipe.expire(8, |tag, what| gone.push((tag, what)));
+    assert_eq!(gone, [(0, Expired::Unknown)]);
     assert_eq!(pipe.answered(ids[0]), None);
     assert_eq!(pipe.answered(ids[2]), Some(2));
     assert!(pipe.is_empty());
+}
+
+#[test]
+fn what_was_sent_on_any_route_is_never_said_to_have_not_happened() {
+    let mut pipe = Pipe::new(1, LIMITS);
+    pipe.push(command(0), 0, 1).unwrap();
+    pipe.send(|_, _| {});
+    pipe.reset();
+    pipe.push(command(1), 1, 2).unwrap();
+    let mut gone = Vec::new();
+    pipe.expire(2, |tag, what| gone.push((tag, what)));
+    assert_eq!(gone, [(0, Expired::Unknown), (1, Expired::Unsent)]);
 }
 
 #[test]

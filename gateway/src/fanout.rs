@@ -53,6 +53,8 @@ struct Watched {
     watchers: Vec<Watcher>,
     /// The head at which the present leader registered the interest.
     registered: Option<Seq>,
+    /// Registrations on the present route without an answer.
+    asked: u32,
 }
 
 /// Live events that cannot be used: their broker's fault.
@@ -68,9 +70,9 @@ pub(crate) struct Fanout {
     slots: HashMap<Name, Slot>,
     watched: Vec<Option<Watched>>,
     free: Vec<Slot>,
-    /// Given up while a registration may still be answered; free after that answer or the next
+    /// Given up while registrations may still be answered, with how many; free after the last answer or the next
     /// [`Self::unregister`].
-    resting: Vec<Slot>,
+    resting: HashMap<Slot, u32>,
 }
 
 impl Fanout {
@@ -94,7 +96,7 @@ impl Fanout {
             return (slot, false);
         }
         let name = Name { app: app.clone(), conversation: conversation.clone() };
-        let watched = Watched { name: name.clone(), watchers: vec![watcher], registered: None };
+        let watched = Watched { name: name.clone(), watchers: vec![watcher], registered: None, asked: 0 };
         let slot = self.free.pop().unwrap_or_else(|| {
             self.watched.push(None);
             (self.watched.len() - 1) as Slot
@@ -116,22 +118,25 @@ impl Fanout {
     ) -> bool {
         let name = NameRef { app: app.as_str(), conversation: conversation.as_str() };
         let Some(&slot) = self.slots.get(&name) else { return false };
-        let Some(place) = self.watched.get_mut(slot as usize) else { return false };
-        let Some(watched) = place else { return false };
+        let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return false };
         watched.watchers.retain(|w| w.stream != stream || !Arc::ptr_eq(&w.inbox, inbox));
         if !watched.watchers.is_empty() {
             return false;
         }
-        // An answer to a registration that is under way must not meet another conversation in this slot.
-        let answered = watched.registered.is_some();
-        *place = None;
-        self.slots.remove(&name);
-        if answered {
-            self.free.push(slot)
-        } else {
-            self.resting.push(slot)
-        }
+        self.release(slot);
         true
+    }
+
+    /// Takes a conversation out of the index. An answer to a registration that is under way must not meet another one
+    /// in its slot.
+    fn release(&mut self, slot: Slot) -> Option<Watched> {
+        let watched = self.watched.get_mut(slot as usize)?.take()?;
+        self.slots.remove(&watched.name);
+        match watched.asked {
+            0 => self.free.push(slot),
+            asked => drop(self.resting.insert(slot, asked)),
+        }
+        Some(watched)
     }
 
     /// All conversations.
@@ -152,30 +157,41 @@ impl Fanout {
 
     /// No registration counts any more: the stream or the term changed. No answer to an older one will be looked at.
     pub(crate) fn unregister(&mut self) {
-        self.watched.iter_mut().flatten().for_each(|watched| watched.registered = None);
-        self.free.append(&mut self.resting);
+        self.watched.iter_mut().flatten().for_each(|watched| (watched.registered, watched.asked) = (None, 0));
+        self.free.extend(self.resting.drain().map(|(slot, _)| slot));
     }
 
-    /// Interest in one conversation is about to be registered again.
-    pub(crate) fn unregister_one(&mut self, slot: Slot) {
+    /// Interest in a conversation is asked for (again) on the present route.
+    pub(crate) fn asks(&mut self, slot: Slot) {
         if let Some(Some(watched)) = self.watched.get_mut(slot as usize) {
-            watched.registered = None;
+            (watched.registered, watched.asked) = (None, watched.asked + 1);
+        }
+    }
+
+    /// A registration on the present route has its answer, whatever that is.
+    pub(crate) fn answered(&mut self, slot: Slot) {
+        if let Some(Some(watched)) = self.watched.get_mut(slot as usize) {
+            watched.asked = watched.asked.saturating_sub(1);
+        } else if let Some(asked) = self.resting.get_mut(&slot) {
+            *asked -= 1;
+            if *asked == 0 {
+                self.resting.remove(&slot);
+                self.free.push(slot);
+            }
         }
     }
 
     /// The leader registered interest at this head.
     pub(crate) fn registered(&mut self, slot: Slot, head: Seq) {
-        if let Some(at) = self.resting.iter().position(|&resting| resting == slot) {
-            self.free.push(self.resting.swap_remove(at));
-        }
         let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return };
         watched.registered = Some(head);
         watched.watchers.iter().for_each(|w| w.inbox.head(w.stream, head, true));
     }
 
-    /// The leader refused the interest for good.
+    /// The leader refused the interest for good: nobody watches the conversation any more, so that whoever comes next
+    /// asks anew.
     pub(crate) fn refused(&mut self, slot: Slot, refusal: &Refusal) {
-        let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return };
+        let Some(watched) = self.release(slot) else { return };
         watched.watchers.iter().for_each(|w| w.inbox.refused(w.stream, refusal.clone()));
     }
 
@@ -324,22 +340,48 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_is_not_given_again_while_its_registration_may_be_answered() {
+    fn a_slot_is_not_given_again_while_its_registrations_may_be_answered() {
         let mut world = World::new();
         let inbox = Arc::new(Inbox::default());
         let (first, _) = world.watch("c", &inbox, 1);
+        world.fanout.asks(first);
+        world.fanout.asks(first);
         assert!(world.unwatch("c", &inbox, 1), "nobody is left");
         let (second, _) = world.watch("d", &inbox, 2);
         assert_ne!(first, second);
-        world.fanout.registered(first, Seq(9));
-        assert!(inbox.take().heads.is_empty(), "an answer for a conversation that nobody watches");
+        for asked in [2, 1] {
+            assert_eq!(world.fanout.resting.get(&first), Some(&asked));
+            world.fanout.answered(first);
+            world.fanout.registered(first, Seq(9));
+            assert!(inbox.take().heads.is_empty(), "an answer for a conversation that nobody watches");
+        }
         let (third, _) = world.watch("e", &inbox, 3);
-        assert_eq!(first, third, "free once it was answered");
+        assert_eq!(first, third, "free once all was answered");
+        world.fanout.asks(third);
+        world.fanout.answered(third);
         world.fanout.registered(third, Seq(4));
         let heads = inbox.take().heads;
         assert_eq!((heads[&3].head, heads[&3].registered), (Seq(4), true));
         assert!(world.unwatch("e", &inbox, 3));
         assert_eq!(world.watch("f", &inbox, 4).0, third, "free at once when it was answered before");
+    }
+
+    #[test]
+    fn a_refused_interest_leaves_its_slot_and_strands_nobody() {
+        let mut world = World::new();
+        let inbox = Arc::new(Inbox::default());
+        for n in 0..1_000 {
+            let (slot, is_new) = world.watch("nowhere", &inbox, n);
+            assert!(is_new, "whoever comes after a refusal asks anew");
+            world.fanout.asks(slot);
+            world.fanout.answered(slot);
+            world.fanout.refused(slot, &stentor_proto::reason::Reason::UnknownConversation.refusal());
+            let refused = inbox.take().refused;
+            assert_eq!((refused.len(), refused[0].0), (1, n));
+        }
+        assert!(!world.unwatch("nowhere", &inbox, 0), "there is no interest left to drop");
+        assert!(!world.fanout.has_watchers());
+        assert_eq!((world.fanout.watched.len(), world.fanout.resting.len()), (1, 0), "one slot served them all");
     }
 
     #[test]

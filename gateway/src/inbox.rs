@@ -12,7 +12,7 @@ use stentor_engine::{
 };
 use stentor_proto::{
     Bytes,
-    ids::{ConversationId, Seq},
+    ids::{ConversationId, Seq, ShardId},
     internal, v1,
 };
 use tokio::sync::Notify;
@@ -44,7 +44,7 @@ pub(crate) enum Purpose {
     /// A page for a stream.
     Pull { stream: u32 },
     /// Heads for streams that begin.
-    Start { streams: Vec<u32> },
+    Start { shard: ShardId, streams: Vec<u32> },
     /// A page of the user's conversations, for a resume.
     Conversations,
     /// A call.
@@ -62,8 +62,9 @@ pub(crate) enum Call {
     Show,
     SendState,
     List,
-    /// One conversation of a list.
+    /// One conversation of a list, by the list's own number: a device may use an id twice.
     ListShow {
+        list: u64,
         place: usize,
     },
 }

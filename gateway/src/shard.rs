@@ -9,7 +9,7 @@ use std::{
 use stentor_engine::{
     effect::Outcome,
     limits,
-    route::{Pipe, PipeLimits, Route},
+    route::{Expired, Pipe, PipeLimits, Route},
 };
 use stentor_proto::{
     Bytes,
@@ -238,7 +238,10 @@ impl Shard {
     pub(crate) fn tick(&mut self, around: &Around<'_>) {
         let before_ms = around.now_ms.saturating_sub(limits::ANSWER_WITHIN_MS);
         let unavailable = || Err(Reason::Unavailable.refusal());
-        self.pipe.expire(before_ms, |ticket| ticket.answer(unavailable()));
+        self.pipe.expire(before_ms, |ticket, expired| match expired {
+            Expired::Unsent => ticket.answer(unavailable()),
+            Expired::Unknown => ticket.answer(Err(Reason::OutcomeUnknown.refusal())),
+        });
         while self.waiting.front().is_some_and(|query| query.since_ms <= before_ms) {
             let Some(query) = self.waiting.pop_front() else { break };
             query.ticket.answer(unavailable());
@@ -312,19 +315,20 @@ impl Shard {
     fn register_all(&mut self, around: &Around<'_>) {
         self.epoch += 1;
         self.fanout.unregister();
-        let mut frames: Vec<_> = self.fanout.slots().map(|slot| self.interest(slot)).collect();
+        let slots: Vec<Slot> = self.fanout.slots().collect();
+        let mut frames = slots.into_iter().map(|slot| self.interest(slot)).collect();
         self.out(&mut frames, around);
     }
 
     fn register_one(&mut self, slot: Slot, around: &Around<'_>) {
         if self.attached.is_some() {
-            self.fanout.unregister_one(slot);
             let mut frames = vec![self.interest(slot)];
             self.out(&mut frames, around);
         }
     }
 
-    fn interest(&self, slot: Slot) -> GatewayFrame {
+    fn interest(&mut self, slot: Slot) -> GatewayFrame {
+        self.fanout.asks(slot);
         let (app, conversation) = self.fanout.name(slot);
         let id = u64::from(self.id.0) << SHARD_SHIFT | (self.epoch & EPOCH_MASK) << EPOCH_SHIFT | u64::from(slot);
         frame(Frame::Interest(internal::Interest { id, shard: self.id.0, app, conversation }))
@@ -406,6 +410,7 @@ impl Shard {
             return;
         }
         let slot = state.id as Slot;
+        self.fanout.answered(slot);
         match state.result {
             Some(interest_state::Result::Registered(registered)) => {
                 self.route.confirmed();

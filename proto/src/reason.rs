@@ -47,6 +47,7 @@ reasons! {
     Unavailable = 2, "UNAVAILABLE", true, "no leader can be reached right now";
     Overloaded = 3, "OVERLOADED", true, "too much at once; try again shortly";
     RateLimited = 4, "RATE_LIMITED", true, "over the rate that this caller may use";
+    OutcomeUnknown = 5, "OUTCOME_UNKNOWN", true, "no answer came; it may have happened or not, so ask again under the same number or key";
     UnknownConversation = 10, "UNKNOWN_CONVERSATION", false, "there is no such conversation";
     NotAParticipant = 11, "NOT_A_PARTICIPANT", false, "the user is not a participant of this conversation";
     PermissionDenied = 12, "PERMISSION_DENIED", false, "the user's role does not allow this";

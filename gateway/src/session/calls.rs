@@ -18,11 +18,15 @@ use crate::inbox::{Call, Purpose, Reply};
 /// Lists that wait for the conversations in them.
 #[derive(Debug, Default)]
 pub(super) struct Calls {
+    /// By a number of their own.
     lists: HashMap<u64, List>,
+    next_list: u64,
 }
 
 #[derive(Debug)]
 struct List {
+    /// Of the call that asked for it.
+    id: u64,
     conversations: Vec<Option<v1::Conversation>>,
     waiting: usize,
     next: String,
@@ -111,9 +115,6 @@ impl Session {
     }
 
     fn list_call(&mut self, id: u64, mut request: v1::ListRequest) -> Result<(), Reason> {
-        if self.calls.lists.contains_key(&id) {
-            return Err(Reason::Malformed);
-        }
         request.limit = if request.limit == 0 { limits::LIST_PAGE } else { request.limit.min(limits::LIST_PAGE) };
         let shard = self.core.shard_of(&self.who.app, self.who.user.as_str())?;
         let frame = self.lookup(shard, lookup::What::Conversations(request));
@@ -137,7 +138,7 @@ impl Session {
     pub(super) fn call_answered(&mut self, id: u64, call: Call, result: Result<Reply, Refusal>) {
         use response::Result as R;
         let answer = match (call, result) {
-            (Call::ListShow { place }, result) => return self.list_shown(id, place, result),
+            (Call::ListShow { list, place }, result) => return self.list_shown(list, place, result),
             (Call::List, Ok(Reply::Conversations(state))) => return self.list_found(id, state),
             (Call::History, Ok(Reply::Page(page))) => R::History(page),
             (Call::Show, Ok(Reply::Show(conversation))) => R::Show(conversation),
@@ -164,19 +165,21 @@ impl Session {
     fn list_found(&mut self, id: u64, state: internal::UserState) {
         let names: Vec<String> =
             state.conversations.into_iter().filter(|c| !c.removed).map(|c| c.conversation).collect();
-        let list = List { conversations: vec![None; names.len()], waiting: names.len(), next: state.next };
-        self.calls.lists.insert(id, list);
+        let list = self.calls.next_list;
+        self.calls.next_list += 1;
+        let begun = List { id, conversations: vec![None; names.len()], waiting: names.len(), next: state.next };
+        self.calls.lists.insert(list, begun);
         for (place, conversation) in names.into_iter().enumerate() {
             let request = v1::ShowRequest { conversation, linearizable: false };
-            if let Err(reason) = self.show(id, request, Call::ListShow { place }) {
-                self.list_shown(id, place, Err(reason.refusal()));
+            if let Err(reason) = self.show(id, request, Call::ListShow { list, place }) {
+                self.list_shown(list, place, Err(reason.refusal()));
             }
         }
-        self.list_done(id);
+        self.list_done(list);
     }
 
-    fn list_shown(&mut self, id: u64, place: usize, result: Result<Reply, Refusal>) {
-        let Some(list) = self.calls.lists.get_mut(&id) else { return };
+    fn list_shown(&mut self, number: u64, place: usize, result: Result<Reply, Refusal>) {
+        let Some(list) = self.calls.lists.get_mut(&number) else { return };
         list.waiting = list.waiting.saturating_sub(1);
         match result {
             Ok(Reply::Show(conversation)) => {
@@ -188,21 +191,22 @@ impl Session {
                 let refusal = unexpected(other);
                 if refusal.retryable {
                     // Half a list must not look like a whole one.
-                    self.calls.lists.remove(&id);
+                    let id = list.id;
+                    self.calls.lists.remove(&number);
                     return self.respond(id, response::Result::Refusal(refusal));
                 }
                 // He was removed, and his own shard has not heard of it yet.
             }
         }
-        self.list_done(id);
+        self.list_done(number);
     }
 
-    fn list_done(&mut self, id: u64) {
-        if self.calls.lists.get(&id).is_some_and(|list| list.waiting == 0)
-            && let Some(list) = self.calls.lists.remove(&id)
+    fn list_done(&mut self, number: u64) {
+        if self.calls.lists.get(&number).is_some_and(|list| list.waiting == 0)
+            && let Some(list) = self.calls.lists.remove(&number)
         {
             let conversations = list.conversations.into_iter().flatten().collect();
-            self.respond(id, response::Result::List(v1::ListResponse { conversations, next: list.next }));
+            self.respond(list.id, response::Result::List(v1::ListResponse { conversations, next: list.next }));
         }
     }
 

@@ -208,7 +208,7 @@ impl Session {
             Purpose::Cursors { moves } => self.cursors_answered(moves, result),
             Purpose::CursorHeads { moves } => self.cursor_heads(moves, result),
             Purpose::Pull { stream } => self.page(stream, result),
-            Purpose::Start { streams } => self.heads(streams, result),
+            Purpose::Start { shard, streams } => self.heads(shard, streams, result),
             Purpose::Conversations => self.conversations(result),
             Purpose::Call { id, call } => self.call_answered(id, call, result),
         }

@@ -2,7 +2,7 @@
 //! pulling what does not, and telling when a resume is done. What each stream gets is decided by its `Delivery`.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
@@ -57,6 +57,9 @@ struct Resume {
     listing: bool,
 }
 
+/// Streams that have ended and may stand in a queue for each that has not.
+const ENDED_IN_QUEUE: usize = 64;
+
 /// All streams of a session.
 #[derive(Debug, Default)]
 pub(super) struct Streams {
@@ -64,7 +67,11 @@ pub(super) struct Streams {
     names: HashMap<ConversationId, u32>,
     /// Never given twice, so that what is on its way for an ended stream meets nobody.
     next: u32,
-    to_ask: BTreeMap<ShardId, Vec<u32>>,
+    /// Streams whose heads must be asked for.
+    to_ask: BTreeMap<ShardId, BTreeSet<u32>>,
+    /// Shards that were asked for heads and did not answer yet: one question at a time each, however often a device
+    /// begins and ends its streams.
+    asking: BTreeSet<ShardId>,
     hungry: VecDeque<u32>,
     pulls: usize,
     /// (when, stream), in order; every pause is of the same length.
@@ -90,6 +97,26 @@ impl Streams {
             From::Head => Seq(0),
         };
         Some(stream.delivery.delivered().max(begin))
+    }
+
+    fn push_hungry(&mut self, id: u32) {
+        if self.hungry.len() >= self.queue_bound() {
+            self.hungry.retain(|id| self.streams.contains_key(id));
+        }
+        self.hungry.push_back(id);
+    }
+
+    fn push_later(&mut self, at_ms: u64, id: u32) {
+        if self.later.len() >= self.queue_bound() {
+            self.later.retain(|(_, id)| self.streams.contains_key(id));
+        }
+        self.later.push_back((at_ms, id));
+    }
+
+    /// Where a queue is looked through for streams that have ended: a device that begins and ends them again and again
+    /// must not fill it, and looking must not cost more than what was put in since.
+    fn queue_bound(&self) -> usize {
+        2 * self.streams.len() + ENDED_IN_QUEUE
     }
 }
 
@@ -157,6 +184,9 @@ impl Session {
     fn remove(&mut self, id: u32) {
         let Some(stream) = self.streams.streams.remove(&id) else { return };
         self.streams.names.remove(&stream.conversation);
+        if let Some(ids) = self.streams.to_ask.get_mut(&stream.shard) {
+            ids.remove(&id);
+        }
         self.core.unwatch(stream.shard, &self.who.app, &stream.conversation, &self.inbox, id);
         self.core.metrics.subscriptions.dec();
         if let Some(resume) = self.streams.resume.as_mut().filter(|_| stream.resuming) {
@@ -183,21 +213,33 @@ impl Session {
         let Some(stream) = self.streams.streams.get_mut(&id) else { return };
         if news.registered && !stream.asked {
             stream.asked = true;
-            self.streams.to_ask.entry(stream.shard).or_default().push(id);
+            self.streams.to_ask.entry(stream.shard).or_default().insert(id);
         }
         let step = stream.delivery.head(news.head);
         self.carry_out(id, step, None);
     }
 
     pub(super) fn ask_heads(&mut self) {
-        for (shard, ids) in std::mem::take(&mut self.streams.to_ask) {
-            for ids in ids.chunks(limits::HEADS_PER_QUERY) {
-                let name = |id: &u32| Some(self.streams.streams.get(id)?.conversation.as_str().to_owned());
-                let conversations: Vec<String> = ids.iter().filter_map(name).collect();
-                let frame = self.heads_of(shard, conversations);
-                let ticket = self.ticket(Purpose::Start { streams: ids.to_vec() });
-                self.core.ask(shard, frame, ticket);
+        let Streams { to_ask, asking, streams, .. } = &mut self.streams;
+        let mut questions = Vec::new();
+        to_ask.retain(|&shard, ids| {
+            if !ids.is_empty() && asking.insert(shard) {
+                let first = ids.iter().nth(limits::HEADS_PER_QUERY).copied();
+                let rest = first.map(|first| ids.split_off(&first)).unwrap_or_default();
+                questions.push((shard, std::mem::replace(ids, rest)));
             }
+            !ids.is_empty()
+        });
+        let name = |id: &u32| Some(streams.get(id)?.conversation.as_str().to_owned());
+        let named = |(shard, ids): (ShardId, BTreeSet<u32>)| {
+            let names: Vec<String> = ids.iter().filter_map(name).collect();
+            (shard, ids.into_iter().collect(), names)
+        };
+        let questions: Vec<(ShardId, Vec<u32>, Vec<String>)> = questions.into_iter().map(named).collect();
+        for (shard, streams, conversations) in questions {
+            let frame = self.heads_of(shard, conversations);
+            let ticket = self.ticket(Purpose::Start { shard, streams });
+            self.core.ask(shard, frame, ticket);
         }
     }
 
@@ -212,7 +254,8 @@ impl Session {
         })
     }
 
-    pub(super) fn heads(&mut self, ids: Vec<u32>, result: Result<Reply, Refusal>) {
+    pub(super) fn heads(&mut self, shard: ShardId, ids: Vec<u32>, result: Result<Reply, Refusal>) {
+        self.streams.asking.remove(&shard);
         let states = match result {
             Ok(Reply::Heads(states)) => states,
             other => {
@@ -234,7 +277,7 @@ impl Session {
 
     fn not_started(&mut self, id: u32, refusal: Refusal) {
         if refusal.retryable {
-            self.streams.later.push_back((self.core.now_ms() + limits::RETRY_MS, id));
+            self.streams.push_later(self.core.now_ms() + limits::RETRY_MS, id);
         } else {
             self.stream_refused(id, refusal);
         }
@@ -361,8 +404,8 @@ impl Session {
         }
         match step.next {
             Next::Wait => {}
-            Next::Hungry => self.streams.hungry.push_back(id),
-            Next::Rest => self.streams.later.push_back((self.core.now_ms() + limits::RETRY_MS, id)),
+            Next::Hungry => self.streams.push_hungry(id),
+            Next::Rest => self.streams.push_later(self.core.now_ms() + limits::RETRY_MS, id),
             Next::Stop(reason) => return self.stream_refused(id, reason.refusal()),
         }
         self.check_target(id);
@@ -403,7 +446,7 @@ impl Session {
                 let step = stream.delivery.retry();
                 self.carry_out(id, step, None);
             } else {
-                self.streams.to_ask.entry(stream.shard).or_default().push(id);
+                self.streams.to_ask.entry(stream.shard).or_default().insert(id);
             }
         }
         if let Some((_, after)) = self.streams.list_again.take_if(|(at, _)| *at <= now_ms) {
@@ -492,4 +535,20 @@ impl Session {
 
 fn refused_state(conversation: &str, refusal: Refusal) -> ConversationState {
     ConversationState { conversation: conversation.into(), refusal: Some(refusal), ..Default::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn streams_that_have_ended_do_not_fill_the_queues() {
+        let mut streams = Streams::default();
+        for id in 0..100_000 {
+            streams.push_hungry(id);
+            streams.push_later(0, id);
+        }
+        assert!(streams.hungry.len() <= ENDED_IN_QUEUE && streams.later.len() <= ENDED_IN_QUEUE);
+        assert_eq!(streams.hungry.back(), Some(&99_999));
+    }
 }

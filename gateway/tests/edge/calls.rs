@@ -131,3 +131,34 @@ async fn a_call_outlives_its_leader() {
     let Some(Answer::History(page)) = ann.response().await.result else { panic!() };
     assert_eq!(page.items.len(), 3);
 }
+
+#[tokio::test]
+async fn calls_of_one_id_are_each_answered_and_none_is_leaked() {
+    let cluster = Cluster::start().await;
+    for n in 0..3 {
+        cluster.world.create(&format!("c{n}"), &["ann"], 1);
+    }
+    let mut ann = cluster.device("ann", "phone").await;
+    // More pairs than calls may be open: a leaked one each would stop the connection from being read.
+    for _ in 0..10 {
+        for _ in 0..2 {
+            ann.send(v1::Request { id: 7, call: Some(Call::List(v1::ListRequest::default())) }).await;
+        }
+        for _ in 0..2 {
+            let response = ann.response().await;
+            let Some(Answer::List(page)) = response.result else { panic!("{response:?}") };
+            assert_eq!((response.id, page.conversations.len()), (7, 2));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_may_have_been_applied_is_said_to_be_unknown() {
+    let cluster = Cluster::start().await;
+    let mut ann = cluster.device("ann", "phone").await;
+    cluster.world.script(|script| script.swallow_answers = true);
+    let create = v1::CreateRequest { conversation: "c".into(), kind: ConversationKind::Group.into(), ..Default::default() };
+    let Answer::Refusal(refusal) = call(&mut ann, 1, Call::Create(create)).await else { panic!() };
+    assert_eq!((refusal.reason.as_str(), refusal.retryable), ("OUTCOME_UNKNOWN", true));
+    assert_eq!(cluster.world.head("c"), 1, "it was applied");
+}

@@ -56,6 +56,32 @@ async fn streams_that_cannot_be_are_refused_with_their_reason() {
     assert_eq!(ann.subscribe("mine", 3).await.refusal, None, "nothing else is disturbed");
 }
 
+/// A device that begins and ends a stream again and again makes the gateway hold one question, not one for each time.
+#[tokio::test]
+async fn streams_that_come_and_go_leave_no_questions_behind() {
+    let cluster = Cluster::start().await;
+    cluster.world.create("c", &["ann", "bob"], 3);
+    let (mut ann, mut bob) = (cluster.device("ann", "phone").await, cluster.device("bob", "laptop").await);
+    bob.subscribe("c", 0).await;
+    cluster.world.script(|script| script.hold_heads = true);
+    let begin = || v1::Subscribe { conversation: "c".into(), after_seq: 0, from_head: false };
+    for token in 0..50 {
+        ann.send(begin()).await;
+        // Answered after the interest, which is there for bob, was heard of and heads were asked for.
+        ann.send(v1::Ping { token }).await;
+        assert_eq!(ann.next().await, ServerFrame::Pong(v1::Pong { token }));
+        ann.send(v1::Unsubscribe { conversation: "c".into() }).await;
+    }
+    ann.send(begin()).await;
+    let show = v1::ShowRequest { conversation: "c".into(), linearizable: false };
+    ann.send(v1::Request { id: 1, call: Some(v1::request::Call::Show(show)) }).await;
+    ann.response().await;
+    assert_eq!(cluster.world.held_heads(), 1, "what was asked before the call has come before it");
+    cluster.world.script(|script| script.hold_heads = false);
+    assert_eq!(ann.state().await.head, 3);
+    ann.events("c", 0, 3).await;
+}
+
 #[tokio::test]
 async fn a_resume_brings_every_conversation_up_to_date() {
     let cluster = Cluster::start().await;

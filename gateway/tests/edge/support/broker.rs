@@ -32,6 +32,8 @@ pub(crate) struct Script {
     pub(crate) mute: bool,
     /// Answers reads so late that the test says when: they wait while this is set.
     pub(crate) hold_reads: bool,
+    /// Questions for heads have no answer while this is set.
+    pub(crate) hold_heads: bool,
     /// Proposals are left lying.
     pub(crate) stuck: bool,
 }
@@ -73,6 +75,7 @@ pub(super) struct State {
     pub(super) streams: Vec<Attached>,
     pub(super) next_stream: u64,
     held: Vec<(u64, internal::Read)>,
+    held_heads: Vec<(u64, internal::Heads)>,
     pub(super) script: Script,
     public_pem: String,
     brokers: u32,
@@ -135,6 +138,12 @@ impl World {
                 state.tell(stream, answer);
             }
         }
+        if !state.script.hold_heads {
+            for (stream, heads) in std::mem::take(&mut state.held_heads) {
+                let answer = state.heads(&heads, true);
+                state.tell(stream, answer);
+            }
+        }
     }
 
     /// Another broker leads from now on.
@@ -185,6 +194,10 @@ impl World {
 
     pub(crate) fn held_reads(&self) -> usize {
         self.0.lock().unwrap().held.len()
+    }
+
+    pub(crate) fn held_heads(&self) -> usize {
+        self.0.lock().unwrap().held_heads.len()
     }
 
     pub(crate) fn registrations(&self) -> u64 {
@@ -305,6 +318,7 @@ impl State {
                     Out::Read(internal::ReadDone { id: read.id, result })
                 }
             }
+            In::Heads(heads) if leads && self.script.hold_heads => return self.held_heads.push((stream, heads)),
             In::Heads(heads) => self.heads(&heads, leads),
             In::Lookup(lookup) => self.lookup(&lookup, leads),
         };
