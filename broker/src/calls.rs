@@ -88,7 +88,7 @@ impl Calls {
             In::Read(done) => done.id,
             In::Heads(done) => done.id,
             In::Lookup(done) => done.id,
-            In::Interest(_) | In::Live(_) | In::Beat(_) => return,
+            In::Interest(_) | In::Live(_) | In::Beat(_) | In::Head(_) => return,
         };
         let waiting = self.state.lock().pending.remove(&id);
         if let Some(waiting) = waiting {

@@ -9,7 +9,7 @@ use openraft::Instant as _;
 use stentor_engine::{access, command, key::Entity, limits, rows::Row};
 use stentor_proto::{
     Bytes, Message,
-    ids::{AppId, ConversationId, META_SHARD, ShardId},
+    ids::{AppId, ConversationId, META_SHARD, ShardId, UserId},
     internal::{
         AttachHello, BrokerBatch, BrokerFrame, Command, DropInterest, GatewayBatch, Heads, HeadsDone, Interest,
         InterestState, Lookup, LookupDone, PlacementView, Propose, Proposed, Read, ReadDone, Registered,
@@ -22,7 +22,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     batcher::{NotProposed, Reply, not_leader},
-    interest::{Attached, Generation},
+    interest::{Attached, Generation, Topic},
     meta,
     node::Node,
     queue::{Batches, FrameQueue},
@@ -191,22 +191,33 @@ impl Session {
 
     fn begin_interest(&self, interest: &Interest) -> Result<Begun, NotRead> {
         AppId::check(interest.app.as_bytes()).map_err(|_| Reason::BadId)?;
-        ConversationId::check(interest.conversation.as_bytes()).map_err(|_| Reason::BadId)?;
+        if interest.user.is_empty() {
+            ConversationId::check(interest.conversation.as_bytes()).map_err(|_| Reason::BadId)?;
+        } else {
+            UserId::check(interest.user.as_bytes()).map_err(|_| Reason::BadId)?;
+        }
         let elsewhere = NotRead::NotLeader { leader: None, retry_here: false };
         let hosted = self.node.hosted(ShardId(interest.shard)).ok_or(elsewhere)?;
         if !self.stream.may_add_interest() {
             return Err(Reason::Overloaded.into());
         }
         let term = hosted.leadership().term;
-        let generation = hosted.effects.interest.add(&self.stream, &interest.app, &interest.conversation);
+        let topic = topic(&interest.app, &interest.conversation, &interest.user);
+        let generation = hosted.effects.interest.add(&self.stream, topic);
         Ok(Begun { hosted, term, generation })
     }
 
     fn drop_interest(&self, interest: &DropInterest) {
         if let Some(hosted) = self.node.hosted(ShardId(interest.shard)) {
-            hosted.effects.interest.remove(&self.stream, &interest.app, &interest.conversation);
+            let topic = topic(&interest.app, &interest.conversation, &interest.user);
+            hosted.effects.interest.remove(&self.stream, topic);
         }
     }
+}
+
+/// What a frame's interest is in: a user, or without one a conversation.
+fn topic<'a>(app: &'a str, conversation: &'a str, user: &'a str) -> Topic<'a> {
+    if user.is_empty() { Topic::conversation(app, conversation) } else { Topic::user(app, user) }
 }
 
 /// Why a command is not put into the batcher.
@@ -237,9 +248,11 @@ struct Begun {
 }
 
 async fn registered(node: Arc<Node>, stream: Arc<Attached>, interest: Interest, begun: Begun) -> Out {
-    let Interest { id, app, conversation, .. } = interest;
+    let Interest { id, app, conversation, user, .. } = interest;
     let Begun { hosted, term, generation } = begun;
-    let head = head(&hosted, &app, &conversation).await;
+    let topic = topic(&app, &conversation, &user);
+    let head =
+        if user.is_empty() { head(&hosted, &app, &conversation).await } else { user_head(&hosted, &app, &user).await };
     let leads = hosted.effects.leading() == term && !stream.queue.is_closed();
     let result = match head {
         Ok(head) if leads => Ok(Registered { head, term }),
@@ -247,7 +260,7 @@ async fn registered(node: Arc<Node>, stream: Arc<Attached>, interest: Interest, 
         Err(error) => Err(error),
     };
     if result.is_err() {
-        hosted.effects.interest.withdraw(&stream, &app, &conversation, generation);
+        hosted.effects.interest.withdraw(&stream, topic, generation);
     }
     interest_state(&node, id, result)
 }
@@ -270,6 +283,11 @@ async fn head(hosted: &HostedShard, app: &str, conversation: &str) -> Result<u64
         Some(Row::Conversation(row)) => Ok(access::View::admin(row).head().0),
         _ => Err(Reason::UnknownConversation.into()),
     }
+}
+
+async fn user_head(hosted: &HostedShard, app: &str, user: &str) -> Result<u64, NotRead> {
+    reads::may_answer(hosted, false).await?;
+    Ok(reads::user_head(hosted, &Entity::user(app, user)).await?.0)
 }
 
 /// Answers a read, for a gateway's stream or for a call of this broker.

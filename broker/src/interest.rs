@@ -1,5 +1,5 @@
-//! Which gateways want a conversation's events now, and carrying them there: one copy per gateway. Must never let a
-//! slow gateway cost memory: beyond its budget events are dropped, and their head is told with the next beat.
+//! Which gateways want a conversation's events or a user's head now, and carrying them there: one copy per gateway. Must
+//! never let a slow gateway cost memory: beyond its budget events are dropped, and their head is told with the next beat.
 
 use std::{
     collections::BTreeMap,
@@ -14,37 +14,68 @@ use hashbrown::{Equivalent, HashMap};
 use parking_lot::Mutex;
 use stentor_engine::{effect::Effect, limits};
 use stentor_proto::{
-    Bytes,
+    Bytes, Message,
     ids::ShardId,
     internal::{BrokerFrame, HeadHint, Live, ShardBeat, broker_frame::Frame},
 };
 
 use crate::{metrics::Metrics, queue::FrameQueue};
 
-/// A conversation of an app.
+/// What there can be interest in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    /// The events of a conversation.
+    Conversation,
+    /// The head of a user's own stream.
+    User,
+}
+
+/// A conversation or a user of an app.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Key {
-    /// App, then conversation.
+    kind: Kind,
+    /// App, then id.
     bytes: Box<[u8]>,
     app_len: usize,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct KeyRef<'a> {
+/// What interest is in.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Topic<'a> {
+    kind: Kind,
     app: &'a [u8],
-    conversation: &'a [u8],
+    id: &'a [u8],
 }
 
 impl Key {
-    fn as_ref(&self) -> KeyRef<'_> {
-        let (app, conversation) = self.bytes.split_at(self.app_len);
-        KeyRef { app, conversation }
+    fn as_ref(&self) -> Topic<'_> {
+        let (app, id) = self.bytes.split_at(self.app_len);
+        Topic { kind: self.kind, app, id }
     }
 }
 
-impl KeyRef<'_> {
+impl<'a> Topic<'a> {
+    /// The events of a conversation.
+    pub(crate) fn conversation(app: &'a (impl AsRef<[u8]> + ?Sized), id: &'a (impl AsRef<[u8]> + ?Sized)) -> Self {
+        Self { kind: Kind::Conversation, app: app.as_ref(), id: id.as_ref() }
+    }
+
+    /// The head of a user's own stream.
+    pub(crate) fn user(app: &'a (impl AsRef<[u8]> + ?Sized), id: &'a (impl AsRef<[u8]> + ?Sized)) -> Self {
+        Self { kind: Kind::User, app: app.as_ref(), id: id.as_ref() }
+    }
+
     fn to_key(self) -> Key {
-        Key { bytes: [self.app, self.conversation].concat().into(), app_len: self.app.len() }
+        Key { kind: self.kind, bytes: [self.app, self.id].concat().into(), app_len: self.app.len() }
+    }
+
+    fn hint(self, head: u64) -> HeadHint {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let hint = HeadHint { app: text(self.app), head, ..Default::default() };
+        match self.kind {
+            Kind::Conversation => HeadHint { conversation: text(self.id), ..hint },
+            Kind::User => HeadHint { user: text(self.id), ..hint },
+        }
     }
 }
 
@@ -54,14 +85,7 @@ impl Hash for Key {
     }
 }
 
-impl Hash for KeyRef<'_> {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.app.hash(state);
-        self.conversation.hash(state);
-    }
-}
-
-impl Equivalent<Key> for KeyRef<'_> {
+impl Equivalent<Key> for Topic<'_> {
     fn equivalent(&self, key: &Key) -> bool {
         *self == key.as_ref()
     }
@@ -75,7 +99,7 @@ pub(crate) struct Attached {
     /// Frames on their way out.
     pub(crate) queue: Arc<FrameQueue<BrokerFrame>>,
     interests: AtomicUsize,
-    /// Heads of conversations whose events were dropped since the last beat.
+    /// Heads of conversations and users whose news were dropped since the last beat.
     dropped: Mutex<HashMap<(ShardId, Key), u64>>,
 }
 
@@ -104,11 +128,11 @@ impl Attached {
     fn live(&self, shard: ShardId, run: &Run<'_>, metrics: &Metrics) {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let records = run.records.iter().map(Bytes::len).sum::<usize>();
-        let bytes = records + run.key.app.len() + run.key.conversation.len() + FRAME_BYTES;
+        let bytes = records + run.topic.app.len() + run.topic.id.len() + FRAME_BYTES;
         let live = Live {
             shard: shard.0,
-            app: text(run.key.app),
-            conversation: text(run.key.conversation),
+            app: text(run.topic.app),
+            conversation: text(run.topic.id),
             records: run.records.clone(),
         };
         let events = run.records.len() as u64;
@@ -117,19 +141,23 @@ impl Attached {
             return;
         }
         metrics.live_dropped.inc_by(events);
-        self.dropped.lock().insert((shard, run.key.to_key()), run.last_seq);
+        self.dropped.lock().insert((shard, run.topic.to_key()), run.last_seq);
+    }
+
+    fn head(&self, shard: ShardId, topic: Topic<'_>, head: u64) {
+        let hint = topic.hint(head);
+        let bytes = hint.encoded_len() + FRAME_BYTES;
+        if self.queue.try_push(BrokerFrame { frame: Some(Frame::Head(hint)) }, bytes).is_err() {
+            self.dropped.lock().insert((shard, topic.to_key()), head);
+        }
     }
 
     fn take_dropped(&self, shard: ShardId) -> Vec<HeadHint> {
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let mut dropped = self.dropped.lock();
-        let hints = dropped.extract_if(|(of, _), _| *of == shard).map(|((_, key), head)| {
-            let KeyRef { app, conversation } = key.as_ref();
-            HeadHint { app: text(app), conversation: text(conversation), head }
-        });
+        let hints = dropped.extract_if(|(of, _), _| *of == shard).map(|((_, key), head)| key.as_ref().hint(head));
         let mut hints: Vec<_> = hints.collect();
         // A map's order is drawn anew in every process; what goes out must not be.
-        hints.sort_unstable_by(|a, b| (&a.app, &a.conversation).cmp(&(&b.app, &b.conversation)));
+        hints.sort_unstable_by(|a, b| (&a.app, &a.conversation, &a.user).cmp(&(&b.app, &b.conversation, &b.user)));
         hints
     }
 }
@@ -139,30 +167,30 @@ const FRAME_BYTES: usize = 48;
 
 /// Events of one conversation that lie together in an entry.
 struct Run<'a> {
-    key: KeyRef<'a>,
+    topic: Topic<'a>,
     last_seq: u64,
     records: Vec<Bytes>,
 }
 
-/// The interests in one shard's conversations.
+/// The interests in one shard's conversations and users.
 pub(crate) struct ShardInterest {
     shard: ShardId,
     state: Mutex<State>,
 }
 
-/// A stream's interest in one conversation.
+/// A stream's interest in one topic.
 struct Interested {
     stream: Arc<Attached>,
     /// Of the newest registration.
     generation: Generation,
 }
 
-/// Tells the registrations of one conversation by one stream apart.
+/// Tells the registrations of one topic by one stream apart.
 pub(crate) type Generation = u64;
 
 #[derive(Default)]
 struct State {
-    conversations: HashMap<Key, Vec<Interested>>,
+    topics: HashMap<Key, Vec<Interested>>,
     next_generation: Generation,
     /// Streams with interest in the shard, with how many.
     streams: BTreeMap<u64, (Arc<Attached>, usize)>,
@@ -173,13 +201,12 @@ impl ShardInterest {
         Self { shard, state: Mutex::default() }
     }
 
-    /// From now on the stream gets every event of the conversation that this leader applies.
-    pub(crate) fn add(&self, stream: &Arc<Attached>, app: &str, conversation: &str) -> Generation {
+    /// From now on the stream gets everything of the topic that this leader applies.
+    pub(crate) fn add(&self, stream: &Arc<Attached>, topic: Topic<'_>) -> Generation {
         let mut state = self.state.lock();
         let generation = state.next_generation;
         state.next_generation += 1;
-        let key = KeyRef { app: app.as_bytes(), conversation: conversation.as_bytes() };
-        let streams = state.conversations.entry(key.to_key()).or_default();
+        let streams = state.topics.entry(topic.to_key()).or_default();
         if let Some(known) = streams.iter_mut().find(|s| s.stream.id == stream.id) {
             known.generation = generation;
             return generation;
@@ -190,27 +217,26 @@ impl ShardInterest {
         generation
     }
 
-    /// No more events of the conversation for this stream.
-    pub(crate) fn remove(&self, stream: &Attached, app: &str, conversation: &str) {
-        self.remove_if(stream, app, conversation, |_| true);
+    /// No more of the topic for this stream.
+    pub(crate) fn remove(&self, stream: &Attached, topic: Topic<'_>) {
+        self.remove_if(stream, topic, |_| true);
     }
 
     /// A registration came to nothing. One that came after it stands.
-    pub(crate) fn withdraw(&self, stream: &Attached, app: &str, conversation: &str, generation: Generation) {
-        self.remove_if(stream, app, conversation, |newest| newest == generation);
+    pub(crate) fn withdraw(&self, stream: &Attached, topic: Topic<'_>, generation: Generation) {
+        self.remove_if(stream, topic, |newest| newest == generation);
     }
 
-    fn remove_if(&self, stream: &Attached, app: &str, conversation: &str, which: impl Fn(Generation) -> bool) {
+    fn remove_if(&self, stream: &Attached, topic: Topic<'_>, which: impl Fn(Generation) -> bool) {
         let mut state = self.state.lock();
-        let key = KeyRef { app: app.as_bytes(), conversation: conversation.as_bytes() };
-        let Some(streams) = state.conversations.get_mut(&key) else { return };
+        let Some(streams) = state.topics.get_mut(&topic) else { return };
         let before = streams.len();
         streams.retain(|s| s.stream.id != stream.id || !which(s.generation));
         if streams.len() == before {
             return;
         }
         if streams.is_empty() {
-            state.conversations.remove(&key);
+            state.topics.remove(&topic);
         }
         stream.interests.fetch_sub(1, Ordering::Relaxed);
         if let Some((_, count)) = state.streams.get_mut(&stream.id) {
@@ -228,31 +254,40 @@ impl ShardInterest {
         if state.streams.remove(&stream.id).is_none() {
             return;
         }
-        state.conversations.retain(|_, streams| {
+        state.topics.retain(|_, streams| {
             streams.retain(|s| s.stream.id != stream.id);
             !streams.is_empty()
         });
     }
 
-    /// Carries an entry's events to whoever wants them. One lock per entry.
+    /// Carries an entry's events and heads to whoever wants them. One lock per entry.
     pub(crate) fn fan_out(&self, effects: &[Effect], metrics: &Metrics) {
         let state = self.state.lock();
-        if state.conversations.is_empty() {
+        if state.topics.is_empty() {
             return;
         }
         let mut run: Option<Run<'_>> = None;
         for effect in effects {
-            let Effect::FanOut { app, conversation, seq, record } = effect else { continue };
-            let key = KeyRef { app, conversation };
+            let (app, conversation, seq, record) = match effect {
+                Effect::FanOut { app, conversation, seq, record } => (app, conversation, seq, record),
+                Effect::UserChanged { app, user, head } => {
+                    let topic = Topic::user(app, user);
+                    let streams = state.topics.get(&topic).into_iter().flatten();
+                    streams.for_each(|interested| interested.stream.head(self.shard, topic, head.0));
+                    continue;
+                }
+                _ => continue,
+            };
+            let topic = Topic::conversation(app, conversation);
             match &mut run {
-                Some(run) if run.key == key => {
+                Some(run) if run.topic == topic => {
                     run.last_seq = seq.0;
                     run.records.push(record.clone());
                 }
                 _ => {
                     self.carry(&state, run.take(), metrics);
-                    let wanted = state.conversations.contains_key(&key);
-                    run = wanted.then(|| Run { key, last_seq: seq.0, records: vec![record.clone()] });
+                    let wanted = state.topics.contains_key(&topic);
+                    run = wanted.then(|| Run { topic, last_seq: seq.0, records: vec![record.clone()] });
                 }
             }
         }
@@ -261,7 +296,7 @@ impl ShardInterest {
 
     fn carry(&self, state: &State, run: Option<Run<'_>>, metrics: &Metrics) {
         let Some(run) = run else { return };
-        let streams = state.conversations.get(&run.key).into_iter().flatten();
+        let streams = state.topics.get(&run.topic).into_iter().flatten();
         streams.for_each(|interested| interested.stream.live(self.shard, &run, metrics));
     }
 
@@ -270,7 +305,7 @@ impl ShardInterest {
         let streams: Vec<_> = self.state.lock().streams.values().map(|(stream, _)| stream.clone()).collect();
         for stream in streams {
             let heads = stream.take_dropped(self.shard);
-            let bytes = heads.iter().map(|h| h.app.len() + h.conversation.len() + 16).sum();
+            let bytes = heads.iter().map(HeadHint::encoded_len).sum();
             let beat = ShardBeat { shard: self.shard.0, term, lease_ms, heads, closing: false };
             stream.answer(Frame::Beat(beat), bytes);
         }
@@ -278,12 +313,12 @@ impl ShardInterest {
 
     /// Tells every interested stream that this replica leads no more, and forgets all interest.
     pub(crate) fn close(&self, term: u64) {
-        let (conversations, streams) = {
+        let (topics, streams) = {
             let mut state = self.state.lock();
             // The count goes on: a registration of before must not look like one of after.
-            (std::mem::take(&mut state.conversations), std::mem::take(&mut state.streams))
+            (std::mem::take(&mut state.topics), std::mem::take(&mut state.streams))
         };
-        drop(conversations);
+        drop(topics);
         for (stream, count) in streams.into_values() {
             stream.interests.fetch_sub(count, Ordering::Relaxed);
             drop(stream.take_dropped(self.shard));

@@ -30,14 +30,14 @@ fn only_the_interested_get_events_and_only_once() {
     let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
     let (one, two) = (Attached::new("one".into()), Attached::new("two".into()));
     let (mut from_one, mut from_two) = (Batches::of(one.queue.clone()), Batches::of(two.queue.clone()));
-    interest.add(&one, "app", "a");
-    interest.add(&one, "app", "a");
-    interest.add(&two, "app", "b");
+    interest.add(&one, Topic::conversation("app", "a"));
+    interest.add(&one, Topic::conversation("app", "a"));
+    interest.add(&two, Topic::conversation("app", "b"));
     interest.fan_out(&[event("a", 1, 10), event("c", 1, 10), event("b", 4, 10)], &metrics);
     assert!(matches!(&frames(&mut from_one)[..], [Frame::Live(live)] if live.conversation == "a" && live.shard == 3));
     assert!(matches!(&frames(&mut from_two)[..], [Frame::Live(live)] if live.conversation == "b"));
-    interest.remove(&one, "app", "a");
-    interest.remove(&one, "app", "a");
+    interest.remove(&one, Topic::conversation("app", "a"));
+    interest.remove(&one, Topic::conversation("app", "a"));
     interest.fan_out(&[event("a", 2, 10)], &metrics);
     assert!(frames(&mut from_one).is_empty());
     assert_eq!(interest.streams(), HashSet::from_iter([two.id]));
@@ -48,20 +48,20 @@ fn a_registration_that_fails_takes_no_newer_one_with_it() {
     let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
     let stream = Attached::new("one".into());
     let mut out = Batches::of(stream.queue.clone());
-    let older = interest.add(&stream, "app", "a");
-    interest.remove(&stream, "app", "a");
-    let newer = interest.add(&stream, "app", "a");
-    interest.withdraw(&stream, "app", "a", older);
+    let older = interest.add(&stream, Topic::conversation("app", "a"));
+    interest.remove(&stream, Topic::conversation("app", "a"));
+    let newer = interest.add(&stream, Topic::conversation("app", "a"));
+    interest.withdraw(&stream, Topic::conversation("app", "a"), older);
     interest.fan_out(&[event("a", 1, 10)], &metrics);
     assert_eq!(frames(&mut out).len(), 1, "the newer one stands");
-    let newest = interest.add(&stream, "app", "a");
-    interest.withdraw(&stream, "app", "a", newer);
+    let newest = interest.add(&stream, Topic::conversation("app", "a"));
+    interest.withdraw(&stream, Topic::conversation("app", "a"), newer);
     interest.close(4);
     assert_eq!(frames(&mut out).len(), 1, "told that it is over, since it was still there");
-    let after = interest.add(&stream, "app", "a");
-    interest.withdraw(&stream, "app", "a", newest);
+    let after = interest.add(&stream, Topic::conversation("app", "a"));
+    interest.withdraw(&stream, Topic::conversation("app", "a"), newest);
     assert_eq!(interest.streams().len(), 1, "one of before the end does not end one of after it");
-    interest.withdraw(&stream, "app", "a", after);
+    interest.withdraw(&stream, Topic::conversation("app", "a"), after);
     assert!(interest.streams().is_empty());
 }
 
@@ -70,7 +70,7 @@ fn what_a_full_stream_drops_is_told_with_the_next_beat() {
     let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
     let stream = Attached::new("one".into());
     let mut out = Batches::of(stream.queue.clone());
-    interest.add(&stream, "app", "a");
+    interest.add(&stream, Topic::conversation("app", "a"));
     for seq in 1..=20 {
         interest.fan_out(&[event("a", seq, 1024 * 1024)], &metrics);
     }
@@ -90,12 +90,35 @@ fn the_end_of_a_leadership_and_of_a_stream_leave_nothing_behind() {
     let interest = ShardInterest::new(ShardId(3));
     let (one, two) = (Attached::new("one".into()), Attached::new("two".into()));
     let mut out = Batches::of(one.queue.clone());
-    interest.add(&one, "app", "a");
-    interest.add(&two, "app", "a");
+    interest.add(&one, Topic::conversation("app", "a"));
+    interest.add(&two, Topic::conversation("app", "a"));
     interest.forget(&two);
     assert_eq!(interest.streams(), HashSet::from_iter([one.id]));
     interest.close(4);
     assert!(matches!(&frames(&mut out)[..], [Frame::Beat(beat)] if beat.closing && beat.term == 4));
     assert!(interest.streams().is_empty());
     assert_eq!(one.interests.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_users_head_goes_to_whoever_wants_it_and_is_not_lost_when_there_is_no_room() {
+    let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
+    let stream = Attached::new("one".into());
+    let mut out = Batches::of(stream.queue.clone());
+    interest.add(&stream, Topic::user("app", "ann"));
+    let changed = |head| [Effect::UserChanged { app: "app".into(), user: "ann".into(), head: Seq(head) }];
+    interest.fan_out(&changed(4), &metrics);
+    assert!(matches!(&frames(&mut out)[..], [Frame::Head(hint)] if (hint.user.as_str(), hint.head) == ("ann", 4)));
+    interest.fan_out(&[event("ann", 1, 10)], &metrics);
+    assert!(frames(&mut out).is_empty(), "a conversation of that name is something else");
+    interest.add(&stream, Topic::conversation("app", "a"));
+    // Not one byte of room is left.
+    for bytes in [1 << 20, 1 << 16, 1 << 12, 1 << 8, 1] {
+        (1..=40).for_each(|seq| interest.fan_out(&[event("a", seq, bytes)], &metrics));
+    }
+    interest.fan_out(&changed(5), &metrics);
+    interest.beat(9, 700);
+    let seen = frames(&mut out);
+    let Some(Frame::Beat(beat)) = seen.last() else { panic!("{seen:?}") };
+    assert!(beat.heads.iter().any(|hint| (hint.user.as_str(), hint.head) == ("ann", 5)), "{:?}", beat.heads);
 }

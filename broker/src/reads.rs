@@ -12,11 +12,13 @@ use stentor_engine::{
     key::{Entity, Kind, Parts, RowKey},
     limits,
     rows::Row,
+    user,
 };
 use stentor_proto::{
     ids::{BrokerId, ConversationId, DeviceId, Seq, UserId},
     internal::{
-        ConversationRow, CursorRow, Heads, Lookup, ParticipantRow, Read, UserConversationState, UserState, lookup,
+        ConversationRow, CursorRow, Heads, Lookup, ParticipantRow, Read, UserConversationRow, UserConversationState,
+        UserState, lookup,
     },
     reason::Reason,
     v1::{Conversation, ConversationState, HistoryRequest, HistoryResponse, Item, ListRequest, Refusal, item},
@@ -188,6 +190,16 @@ async fn participant_row(hosted: &HostedShard, entity: &Entity, user: &str) -> R
     }
 }
 
+/// Whether the reader may have this page. A stream that was begun while he was a participant still brings what he had
+/// not got yet when he was removed, that event included.
+fn may_go_on(view: &View, read: &Read) -> Result<(), Reason> {
+    let after = read.request.as_ref().and_then(|request| request.after_seq);
+    match view.may_read() {
+        Err(_) if read.upto_removal && after.is_some_and(|after| Seq(after) < view.head()) => Ok(()),
+        may => may,
+    }
+}
+
 fn bad_id(_: stentor_proto::ids::BadId) -> NotRead {
     Reason::BadId.into()
 }
@@ -199,7 +211,7 @@ pub(crate) async fn page(hosted: &HostedShard, read: &Read) -> Result<HistoryRes
     UserId::check(read.user.as_bytes()).map_err(bad_id)?;
     may_answer(hosted, request.linearizable).await?;
     let reader = Reader::open(hosted, &read.app, &request.conversation, &read.user, read.admin).await?;
-    reader.view.may_read()?;
+    may_go_on(&reader.view, read)?;
     let limit = match request.limit as usize {
         0 => limits::PAGE_ITEMS,
         n => n.min(limits::PAGE_ITEMS),
@@ -289,27 +301,42 @@ async fn conversations(hosted: &HostedShard, lookup: &Lookup, list: &ListRequest
         0 => limits::LIST_PAGE as usize,
         n => n.min(limits::LIST_PAGE) as usize,
     };
+    // Before the list: whatever changes while that is read has a higher seq.
+    let head = user_head(hosted, &user).await?;
     let of = user.key(Kind::UserConversation, &[]);
     let after = (!list.after.is_empty()).then(|| user.key(Kind::UserConversation, &[list.after.as_bytes()]));
     let rows = hosted.reader.scan(of.as_bytes(), after.as_ref(), limit).await?;
     let full = rows.len() == limit;
-    let mut state = UserState::default();
+    let mut state = UserState { head: head.0, ..Default::default() };
     for (key, row) in rows {
         let (Some(parts), Row::UserConversation(row)) = (Parts::of(key.as_bytes()), row) else {
             return Err(Reason::Internal.into());
         };
         let conversation = String::from_utf8_lossy(parts.sub).into_owned();
+        if full {
+            state.next.clone_from(&conversation);
+        }
+        if lookup.changed_after > 0 && row.user_seq <= lookup.changed_after {
+            continue;
+        }
         let delivered = match DeviceId::check(lookup.device.as_bytes()) {
             Ok(device) => cursor(hosted, &user.delivered(device, &conversation)).await?,
             Err(_) => 0,
         };
         let read = cursor(hosted, &user.key(Kind::Read, &[conversation.as_bytes()])).await?;
-        state.conversations.push(UserConversationState { conversation, delivered, read, removed: row.removed });
-    }
-    if full && let Some(last) = state.conversations.last() {
-        state.next = last.conversation.clone();
+        let UserConversationRow { seq, removed, .. } = row;
+        state.conversations.push(UserConversationState { conversation, delivered, read, removed, seq });
     }
     Ok(state)
+}
+
+/// The head of a user's own stream.
+pub(crate) async fn user_head(hosted: &HostedShard, user: &Entity) -> Result<Seq, NotRead> {
+    match hosted.reader.row(&user::user_key(user)).await? {
+        None => Ok(Seq(0)),
+        Some(Row::User(row)) => Ok(user::head(&row)),
+        Some(_) => Err(Reason::Internal.into()),
+    }
 }
 
 async fn cursor(hosted: &HostedShard, key: &RowKey) -> Result<u64, NotRead> {

@@ -37,7 +37,7 @@ async fn leader(cluster: &Cluster, ask: usize) -> usize {
 }
 
 fn interest(id: u64) -> Out {
-    Out::Interest(Interest { id, shard: SHARD, app: APP.into(), conversation: "general".into() })
+    Out::Interest(Interest { id, shard: SHARD, app: APP.into(), conversation: "general".into(), ..Default::default() })
 }
 
 /// Sends `count` proposals on the stream and collects events until the last of them came live.
@@ -150,8 +150,14 @@ async fn interest_is_added_and_dropped_in_the_order_of_the_frames() {
     cluster.caller(0, "ann").create("general", &[]).await.unwrap();
     leader(&cluster, 0).await;
     let mut gateway = Gateway::attach(cluster.peer(0)).await.unwrap();
-    let drop =
-        || Out::DropInterest(DropInterest { shard: SHARD, app: APP.into(), conversation: "general".into() });
+    let drop = || {
+        Out::DropInterest(DropInterest {
+            shard: SHARD,
+            app: APP.into(),
+            conversation: "general".into(),
+            ..Default::default()
+        })
+    };
     assert_eq!(lives(&mut gateway, vec![interest(1), drop()], 1).await, 0, "dropped after it was added");
     assert_eq!(lives(&mut gateway, vec![interest(2), drop(), interest(3)], 2).await, 1, "and added again");
     assert_eq!(lives(&mut gateway, vec![drop()], 3).await, 0);

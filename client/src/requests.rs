@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use stentor_engine::session::client::{Backoff, Draws};
 use stentor_proto::{
-    reason::Reason,
     ids::{ClientId, ConversationId, SendNo, Seq, UserId, Version, key_crc},
+    reason::Reason,
     record,
     v1::{self, Conversation, ConversationKind, ListResponse, Role, item, request::Call, response},
 };

@@ -448,3 +448,33 @@ async fn an_unreachable_gateway_is_said_so_in_time() {
     let nobody = stentor_client::Client::builder().token("t").connect().await;
     assert!(matches!(nobody, Err(ClientError::Config(_))));
 }
+
+#[tokio::test]
+async fn who_follows_all_takes_up_conversations_that_begin_and_begin_again() {
+    let gateway = Gateway::new();
+    let (client, mut peer) = gateway.connected(gateway.client().follow_all()).await;
+    let c = id("c");
+    let state = |delivered, refusal| v1::ConversationState {
+        conversation: "c".into(),
+        head: 9,
+        delivered,
+        refusal,
+        ..Default::default()
+    };
+    peer.give(state(0, None)).await;
+    peer.events(&c, 1..=5).await;
+    assert_eq!(seqs(&client, 5).await, [1, 2, 3, 4, 5], "nobody had to subscribe");
+    peer.give(state(0, Some(Reason::NotAParticipant.refusal()))).await;
+    let ended = loop {
+        match next(&client).await {
+            Incoming::Ended { refusal, .. } => break refusal.reason,
+            Incoming::State { .. } | Incoming::UpToDate | Incoming::Connected { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(ended, "NOT_A_PARTICIPANT");
+    // The server has not heard of all that was delivered: it begins too early, and nothing comes twice.
+    peer.give(state(2, None)).await;
+    peer.events(&c, 3..=7).await;
+    assert_eq!(seqs(&client, 2).await, [6, 7]);
+}

@@ -20,8 +20,9 @@ use crate::{
     user,
 };
 
-/// The rules that this build writes.
-pub const LEVEL: ApplyLevel = ApplyLevel(1);
+/// The rules that this build writes; it knows all below. Level 2: changes of a user's list have seqs of his own stream,
+/// and a removed device takes its cursors with it.
+pub const LEVEL: ApplyLevel = ApplyLevel(2);
 
 /// What an entry says about all of its commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +52,7 @@ pub enum ApplyError {
 /// # Errors
 /// [`ApplyError::UnknownLevel`]; `last` has not moved.
 pub fn begin_entry(last: &mut StampMs, bundle: &Bundle) -> Result<Context, ApplyError> {
-    if bundle.level != LEVEL {
+    if bundle.level == ApplyLevel(0) || bundle.level > LEVEL {
         return Err(ApplyError::UnknownLevel(bundle.level));
     }
     *last = (*last).max(bundle.stamp);

@@ -174,9 +174,10 @@ pub fn user_conversation(
     of(app, user.as_str(), Op::UserConversation(item))
 }
 
-/// Forgets a device.
-pub fn remove_device(app: &AppId, user: &UserId, device: &DeviceId) -> Command {
-    of(app, user.as_str(), Op::RemoveDevice(RemoveDevice { device: bytes(device.as_str()) }))
+/// Forgets a device, and its cursors in these conversations; at most [`limits::CURSOR_MOVES_PER_COMMAND`].
+pub fn remove_device(app: &AppId, user: &UserId, device: &DeviceId, delivered: &[ConversationId]) -> Command {
+    let delivered = delivered.iter().map(|conversation| bytes(conversation.as_str())).collect();
+    of(app, user.as_str(), Op::RemoveDevice(RemoveDevice { device: bytes(device.as_str()), delivered }))
 }
 
 fn of_meta(op: Op) -> Command {
@@ -301,7 +302,13 @@ pub(crate) fn shape(command: &Command) -> Result<(), Reason> {
             id(ConversationId::check(&item.conversation))?;
             if item.seq > 0 { Ok(()) } else { Err(Reason::Malformed) }
         }
-        Op::RemoveDevice(remove) => id(DeviceId::check(&remove.device)).map(drop),
+        Op::RemoveDevice(remove) => {
+            id(DeviceId::check(&remove.device))?;
+            if remove.delivered.len() > limits::CURSOR_MOVES_PER_COMMAND {
+                return Err(Reason::Malformed);
+            }
+            remove.delivered.iter().try_for_each(|conversation| id(ConversationId::check(conversation)).map(drop))
+        }
         _ => Ok(()),
     }
 }

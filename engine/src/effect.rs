@@ -119,16 +119,14 @@ pub enum Effect {
         /// Removed, rather than added.
         removed: bool,
     },
-    /// The user's list of conversations changed.
+    /// The user's list of conversations changed: whoever has interest in him looks what is new.
     UserChanged {
         /// The tenant.
         app: Bytes,
         /// The user.
         user: Bytes,
-        /// Which conversation.
-        conversation: Bytes,
-        /// Removed, rather than added.
-        removed: bool,
+        /// The head of his own stream.
+        head: Seq,
     },
     /// Brokers, placement, apps or keys changed: hosts and gateways look again.
     MetaChanged,

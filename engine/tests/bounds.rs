@@ -331,7 +331,10 @@ fn an_entry_of_a_newer_level_moves_nothing() {
         let bundle = stentor_proto::bundle::Builder::new().finish(ApplyLevel(level), StampMs(stamp));
         stentor_proto::bundle::Bundle::parse(bundle).unwrap()
     };
-    assert_eq!(apply::begin_entry(&mut last, &parse(2, 9)), Err(ApplyError::UnknownLevel(ApplyLevel(2))));
+    for level in [0, apply::LEVEL.0 + 1] {
+        let unknown = Err(ApplyError::UnknownLevel(ApplyLevel(level)));
+        assert_eq!(apply::begin_entry(&mut last, &parse(level, 9)), unknown);
+    }
     assert_eq!(last, StampMs(5));
     assert_eq!(apply::begin_entry(&mut last, &parse(1, 3)).unwrap().stamp, StampMs(5), "time never goes back");
     assert_eq!(apply::begin_entry(&mut last, &parse(1, 9)).unwrap().stamp, StampMs(9));

@@ -22,8 +22,10 @@ use stentor_engine::{
     user,
 };
 use stentor_proto::{
-    ids::{AppId, BrokerId, ConversationId, DeviceId, Incarnation, ReplicaId, Seq, SessionNo, StampMs, UserId},
-    internal::{Command, PutBroker},
+    ids::{
+        AppId, ApplyLevel, BrokerId, ConversationId, DeviceId, Incarnation, ReplicaId, Seq, SessionNo, StampMs, UserId,
+    },
+    internal::{Command, PutBroker, UserConversationRow},
     reason::Reason,
 };
 
@@ -122,8 +124,8 @@ fn devices_are_bounded_and_a_removed_one_stays_fenced() {
         assert!(matches!(shard.apply(&open(n, 1)), Outcome::SessionOpened { .. }));
     }
     assert_eq!(shard.apply(&open(9_999, 1)), Outcome::refused(Reason::TooManyDevices));
-    assert_eq!(shard.apply(&command::remove_device(&app(), &user_id(), &device(0))), Outcome::Done);
-    let gone = command::remove_device(&app(), &user_id(), &device(0));
+    assert_eq!(shard.apply(&command::remove_device(&app(), &user_id(), &device(0), &[])), Outcome::Done);
+    let gone = command::remove_device(&app(), &user_id(), &device(0), &[]);
     assert_eq!(shard.apply(&gone), Outcome::refused(Reason::UnknownDevice));
     let Outcome::SessionOpened { session_no } = shard.apply(&open(0, 1)) else { panic!() };
     assert_eq!(session_no.0, u64::from(limits::MAX_DEVICES_PER_USER) + 1);
@@ -215,17 +217,89 @@ proptest! {
             *before = seq.max(*before);
         }
         prop_assert_eq!(straight.user().conversations as usize, last.values().filter(|s| !removed(**s)).count());
-        if straight.user().conversations > 0 || turned.user().conversations > 0 {
-            prop_assert_eq!(straight.user(), turned.user());
-        }
+        prop_assert_eq!(straight.user().conversations, turned.user().conversations);
         for (c, seq) in last {
             let key = user::conversation_key(&ann(), conversation(c).as_str());
-            let expected = stentor_proto::internal::UserConversationRow { seq, removed: removed(seq) };
             for shard in [&mut straight, &mut turned] {
-                prop_assert_eq!(shard.rows.get(&key).unwrap(), Some(&Row::from(expected)));
+                let Some(Row::UserConversation(row)) = shard.rows.get(&key).unwrap() else { panic!() };
+                prop_assert_eq!((row.seq, row.removed), (seq, removed(seq)));
             }
         }
     }
+
+    #[test]
+    fn what_changed_after_a_head_is_found_by_it(
+        items in prop::collection::vec((0..4usize, 1..9u64), 1..30), when in any::<prop::sample::Index>(),
+    ) {
+        let mut shard = Shard::default();
+        let item = |c: usize, seq: u64| {
+            command::user_conversation(&app(), &user_id(), &conversation(c), Seq(seq), seq.is_multiple_of(2))
+        };
+        let list = |shard: &Shard| -> BTreeMap<RowKey, UserConversationRow> {
+            let rows = shard.rows.rows.iter();
+            rows.filter_map(|(key, row)| match row {
+                Row::UserConversation(row) => Some((key.clone(), *row)),
+                _ => None,
+            }).collect()
+        };
+        let (mut known, mut before) = (Seq(0), BTreeMap::new());
+        let when = when.index(items.len());
+        for (n, &(c, seq)) in items.iter().enumerate() {
+            if n == when {
+                (known, before) = (user::head(&shard.user()), list(&shard));
+            }
+            let head = user::head(&shard.user());
+            shard.apply(&item(c, seq));
+            let told = shard.effects.iter().any(|e| matches!(e, Effect::UserChanged { head: h, .. } if *h == head.next()));
+            prop_assert_eq!(user::head(&shard.user()), if told { head.next() } else { head });
+        }
+        let after = list(&shard);
+        for (key, row) in &after {
+            let changed = before.get(key).is_none_or(|b| (b.seq, b.removed) != (row.seq, row.removed));
+            prop_assert_eq!(changed, row.user_seq > known.0);
+        }
+    }
+}
+
+#[test]
+fn entries_of_the_first_level_are_applied_as_they_were() {
+    let mut rows = MemoryRows::default();
+    let mut apply = |command: &Command| {
+        let (mut out, mut records) = (Applied::default(), BytesMut::new());
+        let ctx = Context { stamp: StampMs(7), level: ApplyLevel(1) };
+        apply::apply_command(&mut rows, &ctx, &command::encode(command), &mut records, &mut out).unwrap();
+        out.outcomes.remove(0)
+    };
+    apply(&open(0, 1));
+    apply(&moves(0, 1, &[(0, 5)], &[]));
+    apply(&command::user_conversation(&app(), &user_id(), &conversation(0), Seq(3), false));
+    apply(&command::remove_device(&app(), &user_id(), &device(0), &[conversation(0)]));
+    let Some(Row::User(user)) = rows.get(&user::user_key(&ann())).unwrap() else { panic!() };
+    assert_eq!((user.next_seq, user.conversations, user.cursors, user.devices), (0, 1, 1, 0));
+    assert!(rows.get(&ann().delivered("d0", "c0")).unwrap().is_some(), "it left its cursors");
+}
+
+#[test]
+fn a_removed_device_takes_its_cursors_with_it() {
+    let mut shard = Shard::default();
+    shard.apply(&open(0, 1));
+    shard.apply(&open(1, 1));
+    shard.apply(&moves(0, 1, &[(0, 5), (1, 6), (2, 7)], &[(0, 2)]));
+    shard.apply(&moves(1, 2, &[(0, 9)], &[]));
+    let remove = |on, of: &[usize]| {
+        let named: Vec<_> = of.iter().map(|&n| conversation(n)).collect();
+        command::remove_device(&app(), &user_id(), &device(on), &named)
+    };
+    assert_eq!(shard.apply(&remove(0, &[0, 1, 1, 8])), Outcome::Done);
+    assert_eq!((shard.user().devices, shard.user().cursors), (1, 3), "one of it is left, another device's, one read");
+    assert_eq!(shard.apply(&remove(0, &[2])), Outcome::Done, "those that did not fit come behind");
+    assert_eq!((shard.user().devices, shard.user().cursors), (1, 2));
+    assert_eq!(shard.apply(&remove(0, &[2])), Outcome::refused(Reason::UnknownDevice));
+    shard.apply(&open(0, 2));
+    for n in 0..3 {
+        assert_eq!(shard.cursor(&ann().delivered("d0", conversation(n).as_str())), 0, "a new device begins anew");
+    }
+    assert_eq!(shard.cursor(&ann().delivered("d1", "c0")), 9);
 }
 
 #[test]

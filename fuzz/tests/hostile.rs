@@ -204,7 +204,7 @@ fn commands() -> Vec<Vec<u8>> {
         command::add(&app, &conversation, actor(), &bob, v1::Role::Writer),
         command::expire(&app, &conversation, 1),
         command::open_session(&app, &ann, &device, b"0123456789abcdef"),
-        command::remove_device(&app, &ann, &device),
+        command::remove_device(&app, &ann, &device, &[]),
         command::put_cluster("cluster", 16),
         command::put_app(&app, vec![key]),
         command::put_broker(Default::default()),

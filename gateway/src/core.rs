@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use stentor_engine::placement::SlotMap;
 use stentor_proto::{
     Bytes,
-    ids::{AppId, BrokerId, ConversationId, DeviceId, SessionNo, ShardId, UserId},
+    ids::{AppId, BrokerId, DeviceId, SessionNo, ShardId, UserId},
     internal::{BrokerBatch, BrokerFrame, PlacementView, broker_frame, gateway_frame::Frame},
     reason::Reason,
 };
@@ -18,6 +18,7 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::{
     config::GatewayConfig,
+    fanout::Topic,
     inbox::Inbox,
     link::Links,
     metrics::Metrics,
@@ -158,28 +159,14 @@ impl Core {
         self.with(shard, |shard, around| shard.ask(frame, ticket, around));
     }
 
-    /// Lets a stream of a session watch a conversation.
-    pub(crate) fn watch(
-        &self,
-        shard: ShardId,
-        app: &AppId,
-        conversation: &ConversationId,
-        inbox: &Arc<Inbox>,
-        stream: u32,
-    ) {
-        self.with(shard, |shard, around| shard.watch(app, conversation, inbox, stream, around));
+    /// Lets a stream of a session watch a topic.
+    pub(crate) fn watch(&self, shard: ShardId, app: &AppId, topic: &Topic, inbox: &Arc<Inbox>, stream: u32) {
+        self.with(shard, |shard, around| shard.watch(app, topic, inbox, stream, around));
     }
 
     /// Ends what [`Self::watch`] began.
-    pub(crate) fn unwatch(
-        &self,
-        shard: ShardId,
-        app: &AppId,
-        conversation: &ConversationId,
-        inbox: &Arc<Inbox>,
-        stream: u32,
-    ) {
-        self.with(shard, |shard, around| shard.unwatch(app, conversation, inbox, stream, around));
+    pub(crate) fn unwatch(&self, shard: ShardId, app: &AppId, topic: &Topic, inbox: &Arc<Inbox>, stream: u32) {
+        self.with(shard, |shard, around| shard.unwatch(app, topic, inbox, stream, around));
     }
 
     /// Everything that a broker sent in one message. A shard is locked once for its frames in a row.
@@ -203,6 +190,8 @@ impl Core {
         use broker_frame::Frame as F;
         match frame.frame.as_ref()? {
             F::Live(live) => view.slots.shard_of_id(&live.app, &live.conversation),
+            F::Head(hint) if hint.user.is_empty() => view.slots.shard_of_id(&hint.app, &hint.conversation),
+            F::Head(hint) => view.slots.shard_of_id(&hint.app, &hint.user),
             F::Beat(beat) => Some(ShardId(beat.shard)),
             F::Proposed(done) => Some(shard_of(done.id)),
             F::Interest(state) => Some(shard_of(state.id)),

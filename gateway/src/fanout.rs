@@ -1,7 +1,8 @@
-//! Who watches what: the conversations of one shard under 32-bit slots, each with the session streams that watch it.
+//! Who watches what: the conversations and users of one shard under 32-bit slots, each with the session streams that
+//! watch it.
 //! A live push is encoded once and shared by all of them. Must never decide what a session gets; that is its delivery.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use hashbrown::{Equivalent, HashMap};
 use stentor_engine::{
@@ -11,7 +12,7 @@ use stentor_engine::{
 use stentor_proto::{
     Bytes,
     frame::ServerFrame,
-    ids::{AppId, ConversationId, Seq},
+    ids::{AppId, ConversationId, Seq, UserId},
     internal,
     v1::{self, Refusal, item},
 };
@@ -21,26 +22,59 @@ use crate::{
     shard::Around,
 };
 
-/// A conversation's place in the index.
+/// A topic's place in the index.
 pub(crate) type Slot = u32;
+
+/// What can be watched.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Topic {
+    /// The events of a conversation.
+    Conversation(ConversationId),
+    /// The head of a user's own stream.
+    User(UserId),
+}
+
+impl Topic {
+    fn as_ref(&self) -> TopicRef<'_> {
+        match self {
+            Self::Conversation(id) => TopicRef::Conversation(id.as_str()),
+            Self::User(id) => TopicRef::User(id.as_str()),
+        }
+    }
+}
+
+/// Hashes like [`Topic`], without owning its text.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum TopicRef<'a> {
+    Conversation(&'a str),
+    User(&'a str),
+}
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Name {
     app: AppId,
-    conversation: ConversationId,
+    topic: Topic,
 }
 
 /// Hashes like [`Name`], without owning its texts.
 #[derive(Hash)]
 struct NameRef<'a> {
     app: &'a str,
-    conversation: &'a str,
+    topic: TopicRef<'a>,
 }
 
 impl Equivalent<Name> for NameRef<'_> {
     fn equivalent(&self, name: &Name) -> bool {
-        self.app == name.app.as_str() && self.conversation == name.conversation.as_str()
+        self.app == name.app.as_str() && self.topic == name.topic.as_ref()
     }
+}
+
+/// A topic as the frames of brokers name it: a user, or without one a conversation.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Named {
+    pub(crate) app: String,
+    pub(crate) conversation: String,
+    pub(crate) user: String,
 }
 
 struct Watcher {
@@ -72,20 +106,14 @@ pub(crate) struct Fanout {
     free: Vec<Slot>,
     /// Given up while registrations may still be answered, with how many; free after the last answer or the next
     /// [`Self::unregister`].
-    resting: HashMap<Slot, u32>,
+    resting: BTreeMap<Slot, u32>,
 }
 
 impl Fanout {
-    /// Adds a stream. True when the conversation is new here and interest must be registered.
-    pub(crate) fn watch(
-        &mut self,
-        app: &AppId,
-        conversation: &ConversationId,
-        inbox: &Arc<Inbox>,
-        stream: u32,
-    ) -> (Slot, bool) {
+    /// Adds a stream. True when the topic is new here and interest must be registered.
+    pub(crate) fn watch(&mut self, app: &AppId, topic: &Topic, inbox: &Arc<Inbox>, stream: u32) -> (Slot, bool) {
         let watcher = Watcher { inbox: inbox.clone(), stream };
-        let name = NameRef { app: app.as_str(), conversation: conversation.as_str() };
+        let name = NameRef { app: app.as_str(), topic: topic.as_ref() };
         if let Some(&slot) = self.slots.get(&name)
             && let Some(Some(watched)) = self.watched.get_mut(slot as usize)
         {
@@ -95,7 +123,7 @@ impl Fanout {
             watched.watchers.push(watcher);
             return (slot, false);
         }
-        let name = Name { app: app.clone(), conversation: conversation.clone() };
+        let name = Name { app: app.clone(), topic: topic.clone() };
         let watched = Watched { name: name.clone(), watchers: vec![watcher], registered: None, asked: 0 };
         let slot = self.free.pop().unwrap_or_else(|| {
             self.watched.push(None);
@@ -108,26 +136,20 @@ impl Fanout {
         (slot, true)
     }
 
-    /// Removes a stream. True when nobody watches the conversation any more and interest must be dropped.
-    pub(crate) fn unwatch(
-        &mut self,
-        app: &AppId,
-        conversation: &ConversationId,
-        inbox: &Arc<Inbox>,
-        stream: u32,
-    ) -> bool {
-        let name = NameRef { app: app.as_str(), conversation: conversation.as_str() };
-        let Some(&slot) = self.slots.get(&name) else { return false };
-        let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return false };
+    /// Removes a stream. The name of the topic when nobody watches it any more and interest must be dropped.
+    pub(crate) fn unwatch(&mut self, app: &AppId, topic: &Topic, inbox: &Arc<Inbox>, stream: u32) -> Option<Named> {
+        let &slot = self.slots.get(&NameRef { app: app.as_str(), topic: topic.as_ref() })?;
+        let watched = self.watched.get_mut(slot as usize)?.as_mut()?;
         watched.watchers.retain(|w| w.stream != stream || !Arc::ptr_eq(&w.inbox, inbox));
         if !watched.watchers.is_empty() {
-            return false;
+            return None;
         }
+        let name = self.name(slot);
         self.release(slot);
-        true
+        Some(name)
     }
 
-    /// Takes a conversation out of the index. An answer to a registration that is under way must not meet another one
+    /// Takes a topic out of the index. An answer to a registration that is under way must not meet another one
     /// in its slot.
     fn release(&mut self, slot: Slot) -> Option<Watched> {
         let watched = self.watched.get_mut(slot as usize)?.take()?;
@@ -139,9 +161,10 @@ impl Fanout {
         Some(watched)
     }
 
-    /// All conversations.
+    /// All topics, in an order that is the same in every process.
     pub(crate) fn slots(&self) -> impl Iterator<Item = Slot> {
-        self.slots.values().copied()
+        let taken = self.watched.iter().zip(0..).filter(|(watched, _)| watched.is_some());
+        taken.map(|(_, slot)| slot)
     }
 
     /// Whether anything is watched.
@@ -149,19 +172,23 @@ impl Fanout {
         !self.slots.is_empty()
     }
 
-    /// (app, conversation) of a slot; empty for one that is not taken.
-    pub(crate) fn name(&self, slot: Slot) -> (String, String) {
-        let watched = self.watched.get(slot as usize).and_then(Option::as_ref);
-        watched.map(|w| (w.name.app.as_str().into(), w.name.conversation.as_str().into())).unwrap_or_default()
+    /// The name of a slot; empty for one that is not taken.
+    pub(crate) fn name(&self, slot: Slot) -> Named {
+        let Some(Some(Watched { name, .. })) = self.watched.get(slot as usize) else { return Named::default() };
+        let named = Named { app: name.app.as_str().into(), ..Named::default() };
+        match &name.topic {
+            Topic::Conversation(id) => Named { conversation: id.as_str().into(), ..named },
+            Topic::User(id) => Named { user: id.as_str().into(), ..named },
+        }
     }
 
     /// No registration counts any more: the stream or the term changed. No answer to an older one will be looked at.
     pub(crate) fn unregister(&mut self) {
         self.watched.iter_mut().flatten().for_each(|watched| (watched.registered, watched.asked) = (None, 0));
-        self.free.extend(self.resting.drain().map(|(slot, _)| slot));
+        self.free.extend(std::mem::take(&mut self.resting).into_keys());
     }
 
-    /// Interest in a conversation is asked for (again) on the present route.
+    /// Interest in a topic is asked for (again) on the present route.
     pub(crate) fn asks(&mut self, slot: Slot) {
         if let Some(Some(watched)) = self.watched.get_mut(slot as usize) {
             (watched.registered, watched.asked) = (None, watched.asked + 1);
@@ -188,23 +215,28 @@ impl Fanout {
         watched.watchers.iter().for_each(|w| w.inbox.head(w.stream, head, true));
     }
 
-    /// The leader refused the interest for good: nobody watches the conversation any more, so that whoever comes next
-    /// asks anew.
+    /// The leader refused the interest for good: nobody watches the topic any more, so that whoever comes next asks
+    /// anew.
     pub(crate) fn refused(&mut self, slot: Slot, refusal: &Refusal) {
         let Some(watched) = self.release(slot) else { return };
         watched.watchers.iter().for_each(|w| w.inbox.refused(w.stream, refusal.clone()));
     }
 
-    /// A conversation's head is at least this.
-    pub(crate) fn head(&mut self, app: &str, conversation: &str, head: Seq) {
-        if let Some(watched) = self.find(app, conversation) {
-            watched.watchers.iter().for_each(|w| w.inbox.head(w.stream, head, false));
+    /// A topic's head is at least this.
+    pub(crate) fn head(&mut self, hint: &internal::HeadHint) {
+        let topic = match hint.user.as_str() {
+            "" => TopicRef::Conversation(&hint.conversation),
+            user => TopicRef::User(user),
+        };
+        let Some(&slot) = self.slots.get(&NameRef { app: &hint.app, topic }) else { return };
+        if let Some(Some(watched)) = self.watched.get_mut(slot as usize) {
+            watched.watchers.iter().for_each(|w| w.inbox.head(w.stream, Seq(hint.head), false));
         }
     }
 
     /// Carries a live push to all streams that watch its conversation.
     pub(crate) fn live(&mut self, live: internal::Live, around: &Around<'_>) -> Result<(), BadLive> {
-        let name = NameRef { app: &live.app, conversation: &live.conversation };
+        let name = NameRef { app: &live.app, topic: TopicRef::Conversation(&live.conversation) };
         let Some(&slot) = self.slots.get(&name) else { return Ok(()) };
         let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return Ok(()) };
         around.metrics.live_events.inc_by(live.records.len() as u64);
@@ -221,11 +253,6 @@ impl Fanout {
             records = rest;
         }
         Ok(())
-    }
-
-    fn find(&mut self, app: &str, conversation: &str) -> Option<&mut Watched> {
-        let &slot = self.slots.get(&NameRef { app, conversation })?;
-        self.watched.get_mut(slot as usize)?.as_mut()
     }
 }
 
@@ -268,6 +295,14 @@ mod tests {
         internal::Live { shard: 1, app: "app".into(), conversation: "c".into(), records }
     }
 
+    fn topic(conversation: &str) -> Topic {
+        Topic::Conversation(ConversationId::new(conversation).unwrap())
+    }
+
+    fn hint(conversation: &str, user: &str, head: u64) -> internal::HeadHint {
+        internal::HeadHint { app: "app".into(), conversation: conversation.into(), user: user.into(), head }
+    }
+
     struct World {
         links: Links,
         metrics: Metrics,
@@ -283,11 +318,11 @@ mod tests {
         }
 
         fn watch(&mut self, conversation: &str, inbox: &Arc<Inbox>, stream: u32) -> (Slot, bool) {
-            self.fanout.watch(&self.app, &ConversationId::new(conversation).unwrap(), inbox, stream)
+            self.fanout.watch(&self.app, &topic(conversation), inbox, stream)
         }
 
         fn unwatch(&mut self, conversation: &str, inbox: &Arc<Inbox>, stream: u32) -> bool {
-            self.fanout.unwatch(&self.app, &ConversationId::new(conversation).unwrap(), inbox, stream)
+            self.fanout.unwatch(&self.app, &topic(conversation), inbox, stream).is_some()
         }
 
         fn live(&mut self, records: Vec<Bytes>) -> Result<(), BadLive> {
@@ -394,7 +429,22 @@ mod tests {
         assert!(inboxes[1].take().heads[&2].registered);
         assert!(!world.unwatch("c", &inboxes[0], 1), "one is left");
         assert!(!world.unwatch("c", &inboxes[0], 1), "twice does no harm");
-        world.fanout.head("app", "c", Seq(8));
+        world.fanout.head(&hint("c", "", 8));
         assert_eq!(inboxes[1].take().heads[&2].head, Seq(8));
+    }
+
+    #[test]
+    fn a_user_is_no_conversation_of_his_name() {
+        let mut world = World::new();
+        let inbox = Arc::new(Inbox::default());
+        world.watch("ann", &inbox, 1);
+        let ann = Topic::User(UserId::new("ann").unwrap());
+        let (slot, is_new) = world.fanout.watch(&world.app, &ann, &inbox, 2);
+        assert!(is_new);
+        let (app, user) = ("app".into(), "ann".into());
+        assert_eq!(world.fanout.name(slot), Named { app, user, ..Named::default() });
+        world.fanout.head(&hint("", "ann", 8));
+        let heads = inbox.take().heads;
+        assert_eq!((heads.len(), heads[&2].head), (1, Seq(8)));
     }
 }

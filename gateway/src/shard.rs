@@ -13,7 +13,7 @@ use stentor_engine::{
 };
 use stentor_proto::{
     Bytes,
-    ids::{AppId, BrokerId, ConversationId, PlacementVersion, Seq, ShardId},
+    ids::{AppId, BrokerId, PlacementVersion, Seq, ShardId},
     internal::{
         self, BrokerFrame, GatewayFrame, NotLeader, broker_frame, gateway_frame::Frame, interest_state, lookup_done,
         proposed, read_done,
@@ -23,7 +23,7 @@ use stentor_proto::{
 };
 
 use crate::{
-    fanout::{Fanout, Slot},
+    fanout::{Fanout, Named, Slot, Topic},
     inbox::{Answer, Inbox, Purpose, Reply},
     link::Links,
     metrics::Metrics,
@@ -140,16 +140,9 @@ impl Shard {
         self.flush(around);
     }
 
-    /// Lets a stream of a session watch a conversation. Its inbox hears of the head once interest is registered.
-    pub(crate) fn watch(
-        &mut self,
-        app: &AppId,
-        conversation: &ConversationId,
-        inbox: &Arc<Inbox>,
-        stream: u32,
-        around: &Around<'_>,
-    ) {
-        let (slot, is_new) = self.fanout.watch(app, conversation, inbox, stream);
+    /// Lets a stream of a session watch a topic. Its inbox hears of the head once interest is registered.
+    pub(crate) fn watch(&mut self, app: &AppId, topic: &Topic, inbox: &Arc<Inbox>, stream: u32, around: &Around<'_>) {
+        let (slot, is_new) = self.fanout.watch(app, topic, inbox, stream);
         if is_new && self.attached.is_some() {
             let mut frames = vec![self.interest(slot)];
             self.out(&mut frames, around);
@@ -158,20 +151,10 @@ impl Shard {
     }
 
     /// Ends what [`Self::watch`] began.
-    pub(crate) fn unwatch(
-        &mut self,
-        app: &AppId,
-        conversation: &ConversationId,
-        inbox: &Arc<Inbox>,
-        stream: u32,
-        around: &Around<'_>,
-    ) {
-        if self.fanout.unwatch(app, conversation, inbox, stream) && self.attached.is_some() {
-            let drop_interest = internal::DropInterest {
-                shard: self.id.0,
-                app: app.as_str().into(),
-                conversation: conversation.as_str().into(),
-            };
+    pub(crate) fn unwatch(&mut self, app: &AppId, topic: &Topic, inbox: &Arc<Inbox>, stream: u32, around: &Around<'_>) {
+        let unwatched = self.fanout.unwatch(app, topic, inbox, stream);
+        if let Some(Named { app, conversation, user }) = unwatched.filter(|_| self.attached.is_some()) {
+            let drop_interest = internal::DropInterest { shard: self.id.0, app, conversation, user };
             let mut frames = vec![frame(Frame::DropInterest(drop_interest))];
             self.out(&mut frames, around);
         }
@@ -189,6 +172,7 @@ impl Shard {
             }
             Some(F::Proposed(done)) => self.proposed(from, done, around),
             Some(F::Beat(beat)) => self.beat(from, &beat, around),
+            Some(F::Head(hint)) => self.fanout.head(&hint),
             Some(F::Interest(state)) => self.interest_state(from, state, around),
             Some(F::Read(done)) => {
                 let result = done.result.map(|result| match result {
@@ -329,9 +313,9 @@ impl Shard {
 
     fn interest(&mut self, slot: Slot) -> GatewayFrame {
         self.fanout.asks(slot);
-        let (app, conversation) = self.fanout.name(slot);
+        let Named { app, conversation, user } = self.fanout.name(slot);
         let id = u64::from(self.id.0) << SHARD_SHIFT | (self.epoch & EPOCH_MASK) << EPOCH_SHIFT | u64::from(slot);
-        frame(Frame::Interest(internal::Interest { id, shard: self.id.0, app, conversation }))
+        frame(Frame::Interest(internal::Interest { id, shard: self.id.0, app, conversation, user }))
     }
 
     fn out(&mut self, frames: &mut Vec<GatewayFrame>, around: &Around<'_>) {
@@ -430,7 +414,7 @@ impl Shard {
 
     fn beat(&mut self, from: BrokerId, beat: &internal::ShardBeat, around: &Around<'_>) {
         // Heads are news whoever tells them: they only make a stream look.
-        beat.heads.iter().for_each(|hint| self.fanout.head(&hint.app, &hint.conversation, Seq(hint.head)));
+        beat.heads.iter().for_each(|hint| self.fanout.head(hint));
         if self.attached != Some(from) {
             return;
         }

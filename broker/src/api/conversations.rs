@@ -94,6 +94,7 @@ fn lookup_for(claims: &Claims, shard: u32, what: lookup::What) -> Lookup {
         user: claims.user.to_string(),
         device: claims.device.as_ref().map(ToString::to_string).unwrap_or_default(),
         what: Some(what),
+        changed_after: 0,
     }
 }
 

@@ -64,6 +64,7 @@ impl Messages for Api {
             admin: claims.admin,
             request: Some(request),
             max_bytes: limits::PAGE_BYTES as u32,
+            upto_removal: false,
         };
         router::read(&self.node, read).await.map(Response::new).map_err(refused)
     }

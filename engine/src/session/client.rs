@@ -206,6 +206,8 @@ struct Conversation<S> {
     is_moved: bool,
     /// A stream of this conversation ran on this connection before.
     streamed: bool,
+    /// How far a stream had come that has ended: one that begins by itself goes on from there.
+    passed: Seq,
 }
 
 #[derive(Debug)]
@@ -423,6 +425,7 @@ impl<S> Conversation<S> {
             asked: false,
             is_moved: false,
             streamed: false,
+            passed: Seq(0),
         }
     }
 

@@ -2,4 +2,5 @@
 //! argument, sending is somebody else's.
 
 pub mod client;
+pub mod listing;
 pub mod server;

@@ -2,6 +2,7 @@
 //! newer one, in whatever order and however often they come.
 
 use stentor_proto::{
+    ids::ApplyLevel,
     internal::{UserConversation, UserConversationRow, UserRow},
     reason::Reason,
 };
@@ -30,17 +31,22 @@ pub(crate) fn apply<R: Rows>(call: &mut Call<'_, R>, item: &UserConversation) ->
     if is_in && !was_in && user.conversations >= limits::MAX_CONVERSATIONS_PER_USER {
         return Ok(Outcome::refused(Reason::TooManyConversations));
     }
-    call.rows.put(key, UserConversationRow { seq: item.seq, removed: item.removed }.into());
-    if was_in == is_in {
+    let conversations = (user.conversations + u32::from(is_in)).saturating_sub(u32::from(was_in));
+    if call.ctx.level < OWN_STREAM {
+        call.rows.put(key, UserConversationRow { seq: item.seq, removed: item.removed, user_seq: 0 }.into());
+        if was_in != is_in {
+            call.rows.put(user_key, UserRow { conversations, ..user }.into());
+        }
         return Ok(Outcome::Done);
     }
-    let conversations = (user.conversations + u32::from(is_in)).saturating_sub(u32::from(was_in));
-    call.rows.put(user_key, UserRow { conversations, ..user }.into());
-    call.effects.push(Effect::UserChanged {
-        app: call.command.app.clone(),
-        user: call.command.target.clone(),
-        conversation: item.conversation.clone(),
-        removed: item.removed,
-    });
+    // Also where he was in and is in: a removal and an addition may have lain between, and a stream may have ended.
+    let head = super::head(&user).next();
+    call.rows.put(key, UserConversationRow { seq: item.seq, removed: item.removed, user_seq: head.0 }.into());
+    call.rows.put(user_key, UserRow { conversations, next_seq: head.next().0, ..user }.into());
+    let (app, user) = (call.command.app.clone(), call.command.target.clone());
+    call.effects.push(Effect::UserChanged { app, user, head });
     Ok(Outcome::Done)
 }
+
+/// The first level at which changes of the list have seqs of the user's own stream.
+const OWN_STREAM: ApplyLevel = ApplyLevel(2);

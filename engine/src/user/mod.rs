@@ -5,7 +5,10 @@ pub mod conversations;
 pub mod cursors;
 pub mod sessions;
 
-use stentor_proto::internal::{Command, command::Op};
+use stentor_proto::{
+    ids::Seq,
+    internal::{Command, UserRow, command::Op},
+};
 
 use crate::{
     command,
@@ -15,6 +18,11 @@ use crate::{
 /// The user's own row.
 pub fn user_key(user: &Entity) -> RowKey {
     user.key(Kind::User, &[])
+}
+
+/// The last seq of the user's own stream, which counts the changes of his list of conversations; 0 before the first.
+pub fn head(user: &UserRow) -> Seq {
+    Seq(user.next_seq.saturating_sub(1))
 }
 
 /// A device's row.
@@ -38,7 +46,10 @@ pub(crate) fn prefetch(command: &Command, visit: &mut dyn FnMut(RowKey)) {
     visit(user_key(&user));
     match &command.op {
         Some(Op::OpenSession(open)) => visit(device_key(&user, command::text(&open.device))),
-        Some(Op::RemoveDevice(remove)) => visit(device_key(&user, command::text(&remove.device))),
+        Some(Op::RemoveDevice(remove)) => {
+            visit(device_key(&user, command::text(&remove.device)));
+            sessions::cursor_keys(&user, remove).for_each(visit);
+        }
         Some(Op::UserConversation(item)) => visit(conversation_key(&user, command::text(&item.conversation))),
         Some(Op::MoveCursors(moves)) => {
             visit(device_key(&user, command::text(&moves.device)));

@@ -1,8 +1,10 @@
 //! Devices and the fencing of their sessions. Must never give a number twice, nor let a superseded session back in.
 
+use std::collections::BTreeSet;
+
 use stentor_proto::{
-    ids::SessionNo,
-    internal::{DeviceRow, OldNonce, OpenSession, RemoveDevice, UserRow},
+    ids::{ApplyLevel, SessionNo},
+    internal::{CursorRow, DeviceRow, OldNonce, OpenSession, RemoveDevice, UserRow},
     reason::Reason,
 };
 
@@ -11,7 +13,7 @@ use crate::{
     apply::{ApplyError, Call},
     command,
     effect::Outcome,
-    key::Entity,
+    key::{Entity, RowKey},
     limits,
     rows::Rows,
     state,
@@ -53,18 +55,40 @@ pub(crate) fn open<R: Rows>(call: &mut Call<'_, R>, open: &OpenSession) -> Resul
     Ok(Outcome::SessionOpened { session_no: SessionNo(session_no) })
 }
 
-/// Forgets a device. Session numbers count per user and go on, so that an old session of it stays fenced.
+/// The cursors that go with a removed device.
+pub(crate) fn cursor_keys<'r>(user: &'r Entity, remove: &'r RemoveDevice) -> impl Iterator<Item = RowKey> + 'r {
+    let device = command::text(&remove.device);
+    remove.delivered.iter().map(move |conversation| user.delivered(device, command::text(conversation)))
+}
+
+/// The first level at which a removed device takes its cursors with it.
+const CURSORS_GO: ApplyLevel = ApplyLevel(2);
+
+/// Forgets a device, and those of its cursors that the command names: `apply` cannot look for them. Who proposes it
+/// names them all, in several commands if need be; what is left counts against the user's bound and is another device's
+/// if its id comes again. Session numbers count per user and go on, so that an old session of it stays fenced.
 pub(crate) fn remove<R: Rows>(call: &mut Call<'_, R>, remove: &RemoveDevice) -> Result<Outcome, ApplyError> {
     let entity = Entity::user(call.app(), call.target());
     let (user_key, device_key) = (user_key(&entity), device_key(&entity, command::text(&remove.device)));
     let user = state::read::<UserRow>(call.rows, &user_key)?.cloned();
-    if state::read::<DeviceRow>(call.rows, &device_key)?.is_none() {
+    let known = state::read::<DeviceRow>(call.rows, &device_key)?.is_some();
+    let mut cursors = BTreeSet::new();
+    if call.ctx.level >= CURSORS_GO {
+        for key in cursor_keys(&entity, remove) {
+            if state::read::<CursorRow>(call.rows, &key)?.is_some() {
+                cursors.insert(key);
+            }
+        }
+    }
+    if !known && cursors.is_empty() {
         return Ok(Outcome::refused(Reason::UnknownDevice));
     }
+    cursors.iter().for_each(|key| call.rows.remove(key));
     call.rows.remove(&device_key);
     if user.is_some() {
         let row = state::change::<UserRow>(call.rows, &user_key)?;
-        row.devices = row.devices.saturating_sub(1);
+        row.devices = row.devices.saturating_sub(u32::from(known));
+        row.cursors = row.cursors.saturating_sub(cursors.len() as u32);
     }
     Ok(Outcome::Done)
 }

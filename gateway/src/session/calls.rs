@@ -60,7 +60,7 @@ impl Session {
         }
         let max_bytes = self.core.config.limits.max_frame_bytes - limits::FRAME_OVERHEAD_BYTES;
         let shard = self.core.shard_of(&self.who.app, conversation.as_str())?;
-        let frame = self.read(shard, request, max_bytes, self.admin);
+        let frame = Frame::Read(self.read_request(shard, request, max_bytes, self.admin));
         self.ask_call(id, shard, frame, Call::History);
         Ok(())
     }
@@ -109,7 +109,7 @@ impl Session {
     fn show(&mut self, id: u64, request: v1::ShowRequest, call: Call) -> Result<(), Reason> {
         let conversation = checked(&request.conversation)?;
         let shard = self.core.shard_of(&self.who.app, conversation.as_str())?;
-        let frame = self.lookup(shard, lookup::What::Show(request));
+        let frame = Frame::Lookup(self.lookup(shard, lookup::What::Show(request)));
         self.ask_call(id, shard, frame, call);
         Ok(())
     }
@@ -117,7 +117,7 @@ impl Session {
     fn list_call(&mut self, id: u64, mut request: v1::ListRequest) -> Result<(), Reason> {
         request.limit = if request.limit == 0 { limits::LIST_PAGE } else { request.limit.min(limits::LIST_PAGE) };
         let shard = self.core.shard_of(&self.who.app, self.who.user.as_str())?;
-        let frame = self.lookup(shard, lookup::What::Conversations(request));
+        let frame = Frame::Lookup(self.lookup(shard, lookup::What::Conversations(request)));
         self.ask_call(id, shard, frame, Call::List);
         Ok(())
     }

@@ -4,6 +4,7 @@
 
 mod calls;
 mod greeting;
+mod list;
 mod outgoing;
 mod sends;
 mod streams;
@@ -32,6 +33,7 @@ use crate::{
     shard::Ticket,
 };
 use calls::Calls;
+use list::USER_STREAM;
 use outgoing::Outgoing;
 use streams::Streams;
 
@@ -192,7 +194,12 @@ impl Session {
     fn news(&mut self, news: News) {
         news.answers.into_iter().for_each(|answer| self.answer(answer));
         news.pushes.iter().for_each(|(stream, push)| self.live(*stream, push));
-        news.heads.iter().for_each(|(&stream, &head)| self.head(stream, head));
+        for (&stream, &head) in &news.heads {
+            match stream {
+                USER_STREAM => self.user_head(head.head.0),
+                stream => self.head(stream, head),
+            }
+        }
         news.refused.into_iter().for_each(|(stream, refusal)| self.stream_refused(stream, refusal));
         if news.superseded {
             self.fatal(Reason::SessionSuperseded.refusal());

@@ -10,19 +10,19 @@ use hashbrown::HashMap;
 use stentor_engine::{
     delivery::{Deliver, Delivery, Next, Step, run_of_items},
     limits,
-    session::client::credit_cost,
+    session::{client::credit_cost, listing::Listing},
 };
 use stentor_proto::{
     frame::ServerFrame,
     ids::{ConversationId, Seq, ShardId},
-    internal::{self, gateway_frame::Frame, lookup},
+    internal::{self, gateway_frame::Frame},
     reason::Reason,
     v1::{self, ConversationState, Item, Refusal, item},
 };
 
 use super::{Session, unexpected};
 use crate::{
-    fanout::ITEM_OVERHEAD_BYTES,
+    fanout::{ITEM_OVERHEAD_BYTES, Topic},
     inbox::{HeadNews, Purpose, Push, Reply},
 };
 
@@ -47,6 +47,9 @@ struct Stream {
     target: Option<Seq>,
     /// The cursors that the user's shard keeps, where it was asked for them.
     kept: (u64, u64),
+    /// The user's list says that he was added (again) by this event: if the stream ends at a removal before it, it
+    /// begins again.
+    added: Seq,
 }
 
 /// A resume under way.
@@ -76,16 +79,13 @@ pub(super) struct Streams {
     pulls: usize,
     /// (when, stream), in order; every pause is of the same length.
     later: VecDeque<(u64, u32)>,
-    /// The page of the user's conversations is asked for again then, after this one.
-    list_again: Option<(u64, String)>,
-    listed_upto: String,
+    pub(super) list: Listing,
     resume: Option<Resume>,
 }
 
 impl Streams {
     pub(super) fn due_ms(&self) -> Option<u64> {
-        let list = self.list_again.as_ref().map(|&(at, _)| at);
-        self.later.front().map(|&(at, _)| at).into_iter().chain(list).min()
+        self.later.front().map(|&(at, _)| at).into_iter().chain(self.list.due_ms()).min()
     }
 
     /// How far a conversation was handed on, if it is followed. Nothing before its head is known: where the device says
@@ -130,7 +130,7 @@ impl Session {
         if resume.only_listed {
             self.check_up_to_date();
         } else {
-            self.list(String::new());
+            self.follow_user();
         }
     }
 
@@ -174,10 +174,31 @@ impl Session {
             resume.conversations += 1;
             resume.pending += 1;
         }
-        self.core.watch(shard, &self.who.app, &id, &self.inbox, stream);
-        let delivery = Delivery::new();
-        let place = Stream { conversation: id, shard, from, delivery, asked: false, resuming, target: None, kept };
+        self.core.watch(shard, &self.who.app, &Topic::Conversation(id.clone()), &self.inbox, stream);
+        let place = Stream {
+            conversation: id,
+            shard,
+            from,
+            delivery: Delivery::new(),
+            asked: false,
+            resuming,
+            target: None,
+            kept,
+            added: Seq(0),
+        };
         self.streams.streams.insert(stream, place);
+    }
+
+    /// The user's list has this conversation: its stream begins, unless there is one.
+    pub(super) fn follow(&mut self, listed: &internal::UserConversationState, resuming: bool) {
+        let known = self.streams.names.get(listed.conversation.as_str());
+        match known.and_then(|id| self.streams.streams.get_mut(id)) {
+            Some(stream) => stream.added = stream.added.max(Seq(listed.seq)),
+            None => {
+                let kept = (listed.delivered, listed.read);
+                self.begin(&listed.conversation, From::After(Seq(listed.delivered)), resuming, kept);
+            }
+        }
     }
 
     /// Forgets a stream without a word to the device.
@@ -187,7 +208,8 @@ impl Session {
         if let Some(ids) = self.streams.to_ask.get_mut(&stream.shard) {
             ids.remove(&id);
         }
-        self.core.unwatch(stream.shard, &self.who.app, &stream.conversation, &self.inbox, id);
+        let topic = Topic::Conversation(stream.conversation);
+        self.core.unwatch(stream.shard, &self.who.app, &topic, &self.inbox, id);
         self.core.metrics.subscriptions.dec();
         if let Some(resume) = self.streams.resume.as_mut().filter(|_| stream.resuming) {
             resume.pending -= 1;
@@ -197,13 +219,20 @@ impl Session {
     pub(super) fn end_streams(&mut self) {
         let ids: Vec<u32> = self.streams.streams.keys().copied().collect();
         ids.into_iter().for_each(|id| self.remove(id));
+        self.unfollow_user();
     }
 
     /// Ends a stream and tells the device why.
     pub(super) fn stream_refused(&mut self, id: u32, refusal: Refusal) {
         let Some(stream) = self.streams.streams.get(&id) else { return };
-        self.out.push(refused_state(stream.conversation.as_str(), refusal));
+        let (conversation, delivered) = (stream.conversation.clone(), stream.delivery.delivered());
+        let from = if stream.target.is_some() { From::After(delivered) } else { stream.from };
+        let again = refusal.reason == Reason::NotAParticipant.code() && stream.added > delivered;
+        self.out.push(refused_state(conversation.as_str(), refusal));
         self.remove(id);
+        if again {
+            self.begin(conversation.as_str(), from, false, (0, 0));
+        }
         self.check_up_to_date();
     }
 
@@ -352,15 +381,24 @@ impl Session {
                 ..Default::default()
             };
             let shard = stream.shard;
-            let frame = self.read(shard, request, pull.max_bytes, false);
+            let frame = Frame::Read(internal::Read {
+                upto_removal: true,
+                ..self.read_request(shard, request, pull.max_bytes, false)
+            });
             self.streams.pulls += 1;
             let ticket = self.ticket(Purpose::Pull { stream: id });
             self.core.ask(shard, frame, ticket);
         }
     }
 
-    pub(super) fn read(&self, shard: ShardId, request: v1::HistoryRequest, max_bytes: usize, admin: bool) -> Frame {
-        Frame::Read(internal::Read {
+    pub(super) fn read_request(
+        &self,
+        shard: ShardId,
+        request: v1::HistoryRequest,
+        max_bytes: usize,
+        admin: bool,
+    ) -> internal::Read {
+        internal::Read {
             id: 0,
             shard: shard.0,
             app: self.who.app.as_str().into(),
@@ -368,7 +406,8 @@ impl Session {
             admin,
             request: Some(request),
             max_bytes: max_bytes as u32,
-        })
+            upto_removal: false,
+        }
     }
 
     /// A page came, or was refused.
@@ -449,64 +488,13 @@ impl Session {
                 self.streams.to_ask.entry(stream.shard).or_default().insert(id);
             }
         }
-        if let Some((_, after)) = self.streams.list_again.take_if(|(at, _)| *at <= now_ms) {
-            self.list(after);
+        if let Some(ask) = self.streams.list.retry(now_ms) {
+            self.ask_list(ask);
         }
     }
 
-    /// Asks for the user's conversations after this one.
-    fn list(&mut self, after: String) {
-        let (app, user) = (self.who.app.clone(), self.who.user.clone());
-        let Ok(shard) = self.core.shard_of(&app, user.as_str()) else {
-            self.streams.list_again = Some((self.core.now_ms() + limits::RETRY_MS, after));
-            return;
-        };
-        self.streams.listed_upto.clone_from(&after);
-        let what = lookup::What::Conversations(v1::ListRequest { after, limit: limits::LIST_PAGE });
-        let frame = self.lookup(shard, what);
-        let ticket = self.ticket(Purpose::Conversations);
-        self.core.ask(shard, frame, ticket);
-    }
-
-    pub(super) fn lookup(&self, shard: ShardId, what: lookup::What) -> Frame {
-        Frame::Lookup(internal::Lookup {
-            id: 0,
-            shard: shard.0,
-            app: self.who.app.as_str().into(),
-            user: self.who.user.as_str().into(),
-            device: self.who.device.as_str().into(),
-            what: Some(what),
-        })
-    }
-
-    /// A page of the user's conversations, for the resume. Those that the device listed keep its own cursor.
-    pub(super) fn conversations(&mut self, result: Result<Reply, Refusal>) {
-        match result {
-            Ok(Reply::Conversations(state)) => {
-                for listed in state.conversations.iter().filter(|listed| !listed.removed) {
-                    let from = From::After(Seq(listed.delivered));
-                    self.begin(&listed.conversation, from, true, (listed.delivered, listed.read));
-                }
-                // A broker that gives the same place again would be asked for ever.
-                if !state.next.is_empty() && state.next > self.streams.listed_upto {
-                    return self.list(state.next);
-                }
-                self.listed();
-            }
-            other => {
-                let refusal = unexpected(other);
-                if refusal.retryable {
-                    let after = self.streams.listed_upto.clone();
-                    self.streams.list_again = Some((self.core.now_ms() + limits::RETRY_MS, after));
-                } else {
-                    tracing::warn!(user = %self.who.user, reason = refusal.reason, "no list of conversations");
-                    self.listed();
-                }
-            }
-        }
-    }
-
-    fn listed(&mut self) {
+    /// The whole list has come once.
+    pub(super) fn listed(&mut self) {
         if let Some(resume) = &mut self.streams.resume {
             resume.listing = false;
         }

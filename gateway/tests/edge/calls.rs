@@ -157,7 +157,8 @@ async fn a_call_that_may_have_been_applied_is_said_to_be_unknown() {
     let cluster = Cluster::start().await;
     let mut ann = cluster.device("ann", "phone").await;
     cluster.world.script(|script| script.swallow_answers = true);
-    let create = v1::CreateRequest { conversation: "c".into(), kind: ConversationKind::Group.into(), ..Default::default() };
+    let create =
+        v1::CreateRequest { conversation: "c".into(), kind: ConversationKind::Group.into(), ..Default::default() };
     let Answer::Refusal(refusal) = call(&mut ann, 1, Call::Create(create)).await else { panic!() };
     assert_eq!((refusal.reason.as_str(), refusal.retryable), ("OUTCOME_UNKNOWN", true));
     assert_eq!(cluster.world.head("c"), 1, "it was applied");

@@ -5,6 +5,7 @@
 mod calls;
 mod cursors;
 mod hello;
+mod membership;
 mod sends;
 mod streams;
 mod support;

@@ -126,7 +126,8 @@ impl<S, R> Session<S, R> {
         }
         let Some(conversation) = self.conversation(&id) else { return };
         if conversation.stream.is_none() && follows_all {
-            conversation.stream = Some(Stream::new(super::Start::After(delivered), false));
+            let after = delivered.max(conversation.passed);
+            conversation.stream = Some(Stream::new(super::Start::After(after), false));
             conversation.streamed = true;
         }
         conversation.cursors.confirmed(delivered, read);
@@ -147,6 +148,7 @@ impl<S, R> Session<S, R> {
             self.wakes.insert((now + wait, id.clone()));
             return;
         }
+        conversation.passed = stream.cursor().unwrap_or_default();
         conversation.stream = None;
         self.outputs.push_back(Output::Ended { conversation: id.clone(), refusal });
     }

@@ -42,6 +42,8 @@ pub(crate) struct Script {
 struct Conversation {
     records: Vec<Bytes>,
     participants: BTreeSet<String>,
+    /// Who was removed, and by which event.
+    removed: BTreeMap<String, u64>,
     /// By (user, device).
     sends: BTreeMap<(String, String), Sends>,
 }
@@ -53,7 +55,10 @@ type Sends = (u64, u64, BTreeMap<u64, Outcome>);
 struct User {
     /// By device: nonce, number, superseded nonces.
     sessions: BTreeMap<String, (Bytes, u64, Vec<Bytes>)>,
-    conversations: BTreeSet<String>,
+    /// With the membership event's seq, whether it was a removal, and the seq in the user's own stream.
+    conversations: BTreeMap<String, (u64, bool, u64)>,
+    /// Of the user's own stream.
+    head: u64,
     delivered: BTreeMap<(String, String), u64>,
 }
 
@@ -61,6 +66,7 @@ pub(super) struct Attached {
     pub(super) id: u64,
     pub(super) broker: BrokerId,
     pub(super) out: mpsc::UnboundedSender<BrokerFrame>,
+    /// Conversations, and users as `user:<name>`.
     pub(super) interest: BTreeSet<String>,
 }
 
@@ -81,6 +87,8 @@ pub(super) struct State {
     brokers: u32,
     commands: Vec<internal::Command>,
     registrations: u64,
+    lists: Vec<u64>,
+    kept_back: Option<Vec<(String, Bytes)>>,
 }
 
 pub(crate) struct World(pub(super) Mutex<State>);
@@ -113,7 +121,7 @@ impl World {
         let made = state.conversations.entry(conversation.into()).or_default();
         made.participants = participants.iter().map(|&user| user.into()).collect();
         for &user in participants {
-            state.users.entry(user.into()).or_default().conversations.insert(conversation.into());
+            state.user_changed(user, conversation, 1, false);
         }
         drop(state);
         (0..events).for_each(|n| self.append(conversation, format!("event {n}").as_bytes()));
@@ -125,8 +133,30 @@ impl World {
         self.0.lock().unwrap().append(conversation, header, body);
     }
 
+    pub(crate) fn add(&self, conversation: &str, user: &str) {
+        self.0.lock().unwrap().add(conversation, user);
+    }
+
     pub(crate) fn remove(&self, conversation: &str, user: &str) {
         self.0.lock().unwrap().remove(conversation, user);
+    }
+
+    /// Does something whose live events are kept back, and gives them.
+    pub(crate) fn hold_back(&self, what: impl FnOnce()) -> Vec<(String, Bytes)> {
+        self.0.lock().unwrap().kept_back = Some(Vec::new());
+        what();
+        self.0.lock().unwrap().kept_back.take().unwrap()
+    }
+
+    /// Pushes events of a conversation as live, in one frame.
+    pub(crate) fn push(&self, conversation: &str, events: Vec<(String, Bytes)>) {
+        let records = events.into_iter().filter(|(of, _)| of == conversation).map(|(_, record)| record).collect();
+        self.0.lock().unwrap().push(conversation, records);
+    }
+
+    /// Questions for a user's list, with what they name as known.
+    pub(crate) fn lists(&self) -> Vec<u64> {
+        self.0.lock().unwrap().lists.clone()
     }
 
     pub(crate) fn script(&self, change: impl FnOnce(&mut Script)) {
@@ -244,16 +274,32 @@ impl State {
         header.seq = seq;
         let bytes = record(conversation, header, body);
         found.records.push(bytes.clone());
-        if !self.script.lose_live {
-            let shard = shard_of(conversation);
-            let live =
-                internal::Live { shard, app: "app".into(), conversation: conversation.into(), records: vec![bytes] };
-            for stream in &self.streams {
-                if stream.broker == self.leader && stream.interest.contains(conversation) {
-                    let _ = stream.out.send(BrokerFrame { frame: Some(Out::Live(live.clone())) });
-                }
+        match &mut self.kept_back {
+            Some(kept) => kept.push((conversation.into(), bytes)),
+            None if self.script.lose_live => {}
+            None => self.push(conversation, vec![bytes]),
+        }
+        seq
+    }
+
+    fn push(&self, conversation: &str, records: Vec<Bytes>) {
+        let (shard, app) = (shard_of(conversation), "app".to_owned());
+        let live = internal::Live { shard, app, conversation: conversation.into(), records };
+        for stream in &self.streams {
+            if stream.broker == self.leader && stream.interest.contains(conversation) {
+                let _ = stream.out.send(BrokerFrame { frame: Some(Out::Live(live.clone())) });
             }
         }
+    }
+
+    fn add(&mut self, conversation: &str, user: &str) -> u64 {
+        let found = self.conversations.get_mut(conversation).unwrap();
+        found.participants.insert(user.to_owned());
+        found.removed.remove(user);
+        let subject = user.to_owned().into();
+        let header = EventHeader { kind: EventKind::ParticipantAdded.into(), subject, ..Default::default() };
+        let seq = self.append(conversation, header, b"");
+        self.user_changed(user, conversation, seq, false);
         seq
     }
 
@@ -261,7 +307,26 @@ impl State {
         self.conversations.get_mut(conversation).unwrap().participants.remove(user);
         let subject = user.to_owned().into();
         let header = EventHeader { kind: EventKind::ParticipantRemoved.into(), subject, ..Default::default() };
-        self.append(conversation, header, b"")
+        let seq = self.append(conversation, header, b"");
+        self.conversations.get_mut(conversation).unwrap().removed.insert(user.to_owned(), seq);
+        self.user_changed(user, conversation, seq, true);
+        seq
+    }
+
+    /// As the outbox brings it to the user's shard.
+    fn user_changed(&mut self, user: &str, conversation: &str, seq: u64, removed: bool) {
+        let found = self.users.entry(user.into()).or_default();
+        found.head += 1;
+        found.conversations.insert(conversation.into(), (seq, removed, found.head));
+        let hint = internal::HeadHint { app: "app".into(), user: user.into(), head: found.head, ..Default::default() };
+        if self.script.lose_live {
+            return;
+        }
+        for stream in &self.streams {
+            if stream.broker == self.leader && stream.interest.contains(&format!("user:{user}")) {
+                let _ = stream.out.send(BrokerFrame { frame: Some(Out::Head(hint.clone())) });
+            }
+        }
     }
 
     fn tell(&self, stream: u64, frame: Out) {
@@ -283,7 +348,7 @@ impl State {
             }
             In::DropInterest(drop) => {
                 let stream = self.streams.iter_mut().find(|s| s.id == stream).unwrap();
-                stream.interest.remove(&drop.conversation);
+                stream.interest.remove(&topic(&drop.conversation, &drop.user));
                 return;
             }
             In::Propose(propose) => {
@@ -303,7 +368,7 @@ impl State {
             In::Interest(interest) => {
                 let result = if leads {
                     self.registrations += 1;
-                    self.register(stream, &interest.conversation)
+                    self.register(stream, &interest)
                 } else {
                     interest_state::Result::NotLeader(self.not_leader())
                 };
@@ -325,32 +390,40 @@ impl State {
         self.tell(stream, answer);
     }
 
-    fn register(&mut self, stream: u64, conversation: &str) -> interest_state::Result {
-        let Some(found) = self.conversations.get(conversation) else {
-            return interest_state::Result::Refusal(Reason::UnknownConversation.refusal());
+    fn register(&mut self, stream: u64, interest: &internal::Interest) -> interest_state::Result {
+        let head = match self.conversations.get(&interest.conversation) {
+            _ if !interest.user.is_empty() => self.users.get(&interest.user).map_or(0, |user| user.head),
+            Some(found) => found.records.len() as u64,
+            None => return interest_state::Result::Refusal(Reason::UnknownConversation.refusal()),
         };
-        let head = found.records.len() as u64;
         let stream = self.streams.iter_mut().find(|s| s.id == stream).unwrap();
-        stream.interest.insert(conversation.into());
+        stream.interest.insert(topic(&interest.conversation, &interest.user));
         interest_state::Result::Registered(internal::Registered { head, term: self.term })
     }
 
     fn read(&self, read: &internal::Read) -> Out {
         let request = read.request.as_ref().unwrap();
-        let result = match self.page(&read.user, request, read.max_bytes as usize) {
+        let result = match self.page(read, request, read.max_bytes as usize) {
             Ok(page) => read_done::Result::Page(page),
             Err(reason) => read_done::Result::Refusal(reason.refusal()),
         };
         Out::Read(internal::ReadDone { id: read.id, result: Some(result) })
     }
 
-    fn page(&self, user: &str, request: &HistoryRequest, max_bytes: usize) -> Result<HistoryResponse, Reason> {
+    fn page(
+        &self,
+        read: &internal::Read,
+        request: &HistoryRequest,
+        max_bytes: usize,
+    ) -> Result<HistoryResponse, Reason> {
         let found = self.conversations.get(&request.conversation).ok_or(Reason::UnknownConversation)?;
-        if !found.participants.contains(user) {
-            return Err(Reason::NotAParticipant);
+        let mut head = found.records.len() as u64;
+        if !found.participants.contains(&read.user) {
+            let removed = found.removed.get(&read.user).filter(|&&seq| request.after_seq.is_some_and(|a| a < seq));
+            head = *removed.filter(|_| read.upto_removal).ok_or(Reason::NotAParticipant)?;
         }
         let mut bytes = 0;
-        let rest = found.records.iter().skip(request.after_seq.unwrap_or(0) as usize);
+        let rest = found.records.iter().take(head as usize).skip(request.after_seq.unwrap_or(0) as usize);
         let taken: Vec<_> = rest
             .take_while(|record| {
                 let first = bytes == 0;
@@ -360,7 +433,6 @@ impl State {
             .collect();
         let end = request.after_seq.unwrap_or(0) as usize + taken.len();
         let items = taken.into_iter().map(|r| Item { item: Some(item::Item::Record(r.clone())) }).collect();
-        let head = found.records.len() as u64;
         Ok(HistoryResponse { items, head, more: (end as u64) < head })
     }
 
@@ -392,7 +464,10 @@ impl State {
         state
     }
 
-    fn lookup(&self, lookup: &internal::Lookup, leads: bool) -> Out {
+    fn lookup(&mut self, lookup: &internal::Lookup, leads: bool) -> Out {
+        if leads && matches!(lookup.what, Some(lookup::What::Conversations(_))) {
+            self.lists.push(lookup.changed_after);
+        }
         let result = match lookup.what.as_ref().unwrap() {
             _ if !leads => lookup_done::Result::NotLeader(self.not_leader()),
             lookup::What::Conversations(list) => lookup_done::Result::Conversations(self.list(lookup, list)),
@@ -411,16 +486,18 @@ impl State {
     /// Two on a page, so that tests see more than one page.
     fn list(&self, lookup: &internal::Lookup, list: &v1::ListRequest) -> internal::UserState {
         let Some(user) = self.users.get(&lookup.user) else { return internal::UserState::default() };
-        let mut rest = user.conversations.iter().filter(|name| **name > list.after).peekable();
+        let mut rest = user.conversations.iter().filter(|(name, _)| **name > list.after).peekable();
         let page: Vec<_> = rest.by_ref().take(2).collect();
-        let next = if rest.peek().is_some() { page[page.len() - 1].clone() } else { String::new() };
-        let conversation = |name: &&String| internal::UserConversationState {
+        let next = if rest.peek().is_some() { page[page.len() - 1].0.clone() } else { String::new() };
+        let changed = page.into_iter().filter(|(_, (_, _, user_seq))| *user_seq > lookup.changed_after);
+        let conversation = |(name, &(seq, removed, _)): (&String, &_)| internal::UserConversationState {
             conversation: name.to_string(),
             delivered: *user.delivered.get(&(lookup.device.clone(), name.to_string())).unwrap_or(&0),
             read: 0,
-            removed: false,
+            removed,
+            seq,
         };
-        internal::UserState { conversations: page.iter().map(conversation).collect(), next }
+        internal::UserState { conversations: changed.map(conversation).collect(), next, head: user.head }
     }
 
     fn apply(&mut self, bytes: &Bytes) -> Outcome {
@@ -441,13 +518,7 @@ impl State {
                 if change.change() == Change::Remove {
                     return accepted(self.remove(&target, &user));
                 }
-                self.conversations.get_mut(&target).unwrap().participants.insert(user.clone());
-                let header = EventHeader {
-                    kind: EventKind::ParticipantAdded.into(),
-                    subject: user.into(),
-                    ..Default::default()
-                };
-                accepted(self.append(&target, header, b""))
+                accepted(self.add(&target, &user))
             }
             other => panic!("no test needs {other:?}"),
         }
@@ -541,6 +612,10 @@ impl State {
 
 fn accepted(seq: u64) -> Outcome {
     Outcome::Accepted { seq: Seq(seq), stamp: StampMs(7), repeat: false, version: Version(1) }
+}
+
+fn topic(conversation: &str, user: &str) -> String {
+    if user.is_empty() { conversation.to_owned() } else { format!("user:{user}") }
 }
 
 fn shard_of(id: &str) -> u32 {
