@@ -7,6 +7,8 @@ help:
 	@echo "                   (ARGS=--exit ends after that; ARGS is passed on to 'stentor dev --demo')"
 	@echo "make build         build the binary and print where it is"
 	@echo "make test          all tests and checks"
+	@echo "make chaos         kill real processes under load and judge what clients were promised"
+	@echo "                   (ARGS='brokers --json': one run, for programs; ARGS=--help: all options)"
 	@echo "make verify        read-only checks: format, lints, licences"
 	@echo "make fix           format and apply what clippy can mend by itself"
 
@@ -29,5 +31,9 @@ verify: setup
 fix: setup
 	@. scripts/env.sh && cargo fmt --all && cargo clippy --release --fix --allow-dirty --allow-staged --workspace --all-targets
 
-bench chaos:
+chaos: setup
+	@. scripts/env.sh && cargo build --release --locked -p stentor-cli -p stentor-chaos && \
+	  exec "$$CARGO_TARGET_DIR/release/stentor-chaos" $(ARGS)
+
+bench:
 	@echo "make $@: not built yet" >&2; exit 2

@@ -11,3 +11,8 @@
 //! | `sim` | a whole cluster in one seeded thread: twins of transport and storage, everything above is what is shipped |
 
 #![forbid(unsafe_code)]
+
+pub mod cluster;
+pub mod invariants;
+pub mod oracle;
+pub mod workload;
