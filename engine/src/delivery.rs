@@ -108,6 +108,17 @@ impl Delivery {
         Self { next: 0, head: 0, state: State::Starting }
     }
 
+    /// A stream that wakes: live, with everything up to `at` handed on. What [`Self::rests_at`] is undone with.
+    pub fn live_at(at: Seq) -> Self {
+        Self { next: at.0.saturating_add(1), head: at.0, state: State::Live }
+    }
+
+    /// Where it stands, if it is live: then nothing else of it needs to be remembered, and that only until something
+    /// is put in.
+    pub fn rests_at(&self) -> Option<Seq> {
+        (self.state == State::Live).then(|| self.delivered())
+    }
+
     /// Begins after `after`; access was checked and `head` read *after* the interest was registered, so that every
     /// removal of the reader lies beyond it.
     pub fn start(&mut self, after: Seq, head: Seq) -> Step {
@@ -232,6 +243,61 @@ impl Delivery {
     fn rest(&mut self) -> Step {
         self.state = State::Resting;
         Step::next(Next::Rest)
+    }
+}
+
+/// Up to where everything that is known of a conversation was told to all of its streams at a gateway. Where a resting
+/// stream stands is told to it with the next news, so that it needs no number of its own: it may rest only where
+/// [`Told::upto`] is at that moment, and with nothing told that it has not taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Told {
+    upto: Seq,
+}
+
+impl Told {
+    /// Where a stream may rest.
+    pub fn upto(self) -> Seq {
+        self.upto
+    }
+
+    /// Everything up to `last` is told now. Returns up to where it was told before: where the resting ones stand.
+    pub fn tell(&mut self, last: Seq) -> Seq {
+        let before = self.upto;
+        self.upto = before.max(last);
+        before
+    }
+}
+
+/// What one stream has not taken yet of what is known of its conversation's head. Whoever queues pushes for it must
+/// add a later push here instead, as long as [`Self::holds_back`]: the stream takes its pushes first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HeadNews {
+    /// The head is at least this.
+    pub head: Seq,
+    /// Where the stream stands if it rests.
+    pub before: Seq,
+    /// Interest was registered (again).
+    pub registered: bool,
+}
+
+impl HeadNews {
+    /// The first news.
+    pub fn new(head: Seq, before: Seq, registered: bool) -> Self {
+        Self { head, before, registered }
+    }
+
+    /// More of it, before the first was taken. As long as there was nothing to pull, the stream went on with pushes.
+    pub fn raise(&mut self, more: Self) {
+        if !self.holds_back() {
+            self.before = more.before;
+        }
+        self.head = self.head.max(more.head);
+        self.registered |= more.registered;
+    }
+
+    /// Whether there is something to pull before anything later can be delivered.
+    pub fn holds_back(&self) -> bool {
+        self.head > self.before
     }
 }
 

@@ -203,6 +203,137 @@ proptest! {
     }
 }
 
+/// Chance beside an operation.
+#[derive(Debug, Clone, Copy)]
+struct Dice {
+    /// The inbox has room.
+    fits: bool,
+    /// The session looks into its inbox when this is 0.
+    takes: u8,
+    /// It tries to rest when this is 0.
+    rests: u8,
+}
+
+fn dice() -> impl Strategy<Value = Vec<Dice>> {
+    let dice = (any::<bool>(), 0..6u8, 0..3u8).prop_map(|(fits, takes, rests)| Dice { fits, takes, rests });
+    proptest::collection::vec(dice, 200)
+}
+
+/// The same world with what a gateway has between: what was told to all streams, the session's inbox, and the rest.
+#[derive(Default)]
+struct Resting {
+    world: World,
+    told: Told,
+    pushes: VecDeque<(Seq, Run)>,
+    head: Option<HeadNews>,
+    rests: bool,
+}
+
+impl Resting {
+    /// What comes from the leader is told: the inbox drops what it has no room for, and remembers its head.
+    fn tell(&mut self, kept: bool) {
+        match self.world.way.pop_front() {
+            Some(OnTheWay::Live(push)) => {
+                let before = self.told.tell(push.last);
+                let held = self.head.is_some_and(|news| news.holds_back());
+                if kept && !held {
+                    self.pushes.push_back((before, push));
+                } else {
+                    self.head(HeadNews::new(push.last, before, false));
+                }
+            }
+            Some(OnTheWay::Head(head)) => {
+                let before = self.told.tell(Seq(head));
+                self.head(HeadNews::new(Seq(head), before, true));
+            }
+            None => {}
+        }
+    }
+
+    fn head(&mut self, news: HeadNews) {
+        self.head.get_or_insert(news).raise(news);
+    }
+
+    fn wake(&mut self, at: Seq) {
+        assert_eq!(at.0, self.world.delivered.len() as u64, "it is told where it stands");
+        self.world.delivery = Delivery::live_at(at);
+    }
+
+    /// The session takes all that is in its inbox, pushes first.
+    fn take(&mut self) {
+        for (before, push) in std::mem::take(&mut self.pushes) {
+            if self.rests {
+                self.wake(before);
+            }
+            let step = self.world.delivery.live(push, self.world.room);
+            self.rests &= step.next == Next::Wait;
+            self.world.take(step, push.first.0, push.last.0);
+        }
+        let Some(news) = self.head.take() else { return };
+        if self.rests && news.holds_back() {
+            self.wake(news.before);
+            self.rests = false;
+        }
+        if !self.rests {
+            let step = self.world.delivery.head(news.head);
+            self.world.take(step, 0, 0);
+        }
+    }
+
+    fn rest(&mut self) {
+        let taken = self.pushes.is_empty() && self.head.is_none();
+        if !self.rests && taken && self.world.delivery.rests_at() == Some(self.told.upto()) {
+            self.rests = true;
+            // Nothing of it may be needed any more.
+            self.world.delivery = Delivery::new();
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+    #[test]
+    fn a_stream_that_rests_gets_the_same(after in 0..5u64, more in 0..5u64, ops in ops(), dice in dice()) {
+        let mut resting = Resting { world: World::new(after, after + more), ..Default::default() };
+        resting.told.tell(Seq(after + more));
+        for (op, dice) in ops.into_iter().zip(dice) {
+            match op {
+                // Several come before the session looks.
+                Op::Arrive => resting.tell(dice.fits),
+                op => resting.world.step(op),
+            }
+            if dice.rests == 0 {
+                resting.rest();
+            }
+            if dice.takes == 0 {
+                resting.take();
+            }
+            let delivered = &resting.world.delivered;
+            prop_assert!(delivered.iter().copied().eq(1..=delivered.len() as u64), "{:?}", delivered);
+        }
+        resting.world.room = true;
+        if !resting.world.registered {
+            resting.world.step(Op::LeaderChange);
+        }
+        resting.world.step(Op::Beat);
+        for _ in 0..10_000 {
+            if resting.world.way.is_empty() && (resting.rests || resting.world.stopped) {
+                break;
+            }
+            resting.tell(true);
+            resting.take();
+            resting.rest();
+            for op in [Op::Retry, Op::Grant, Op::Answer { items: 3 }] {
+                resting.world.step(op);
+            }
+        }
+        let end = resting.world.removed_at.unwrap_or(resting.world.log);
+        prop_assert!(resting.world.delivered.iter().copied().eq(1..=end), "{:?} of {end}", resting.world.delivered);
+        prop_assert_eq!(resting.world.stopped, resting.world.removed_at.is_some());
+        prop_assert!(resting.world.stopped || resting.rests, "a stream at the head rests in the end");
+    }
+}
+
 #[test]
 fn an_event_between_registration_and_catch_up_needs_no_later_event() {
     // Registered at head 5, catching up from 3; the event 6 is applied while the page is read, which ends at 5.

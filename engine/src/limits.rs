@@ -152,6 +152,8 @@ pub const GATEWAY_CONNECTIONS: usize = 20_000;
 pub const FRAME_OVERHEAD_BYTES: usize = 4 * 1024;
 /// The longest client frame that any configuration may allow: the largest event record in a frame of its own.
 pub const MAX_CLIENT_FRAME_BYTES: usize = 2 * 1024 * 1024;
+/// Conversations of one shard that are watched at one gateway: as many as 20 bits number, beside 12 for the shard.
+pub const GATEWAY_SHARD_CONVERSATIONS: usize = 1 << 20;
 /// How long a gateway looks for a shard's leader before it answers `UNAVAILABLE`, or `OUTCOME_UNKNOWN` for what it has
 /// sent, in ms. Longer than an election.
 pub const ANSWER_WITHIN_MS: u64 = 10_000;

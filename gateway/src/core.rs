@@ -6,10 +6,10 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use hashbrown::{HashMap, hash_map::Entry};
 use parking_lot::Mutex;
-use stentor_engine::placement::SlotMap;
+use stentor_engine::{limits, placement::SlotMap};
 use stentor_proto::{
     Bytes,
-    ids::{AppId, BrokerId, DeviceId, SessionNo, ShardId, UserId},
+    ids::{AppId, BrokerId, ConversationId, DeviceId, Seq, SessionNo, ShardId, UserId},
     internal::{BrokerBatch, BrokerFrame, PlacementView, broker_frame, gateway_frame::Frame},
     reason::Reason,
 };
@@ -18,10 +18,11 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::{
     config::GatewayConfig,
-    fanout::Topic,
+    fanout::{Place, Topic},
     inbox::Inbox,
     link::Links,
     metrics::Metrics,
+    sessions::{SessionPlace, Sessions},
     shard::{Around, Shard, Ticket, shard_of},
 };
 
@@ -34,6 +35,8 @@ struct View {
     cluster_id: String,
     slots: SlotMap,
     shards: BTreeMap<ShardId, Arc<Mutex<Shard>>>,
+    /// By their places at this gateway. One that is gone keeps its place: sessions may still name it.
+    places: Vec<Arc<Mutex<Shard>>>,
 }
 
 /// One device of one user.
@@ -50,6 +53,8 @@ pub(crate) struct Core {
     pub(crate) host: Host,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) links: Links,
+    /// Where news of conversations goes.
+    pub(crate) places: Sessions,
     /// True from the moment on in which this gateway sends its devices away.
     pub(crate) draining: watch::Sender<bool>,
     view: ArcSwap<View>,
@@ -67,6 +72,7 @@ impl Core {
             host,
             metrics,
             links,
+            places: Sessions::default(),
             draining: watch::channel(false).0,
             view: ArcSwap::default(),
             keys: ArcSwap::default(),
@@ -116,11 +122,22 @@ impl Core {
             Ok(_) => return tracing::warn!(version = view.version, "ignored an old or foreign placement"),
             Err(error) => return tracing::warn!(%error, "ignored a placement that cannot be used"),
         };
-        let shards = slots.shards().map(|(id, _)| {
-            let shard = before.shards.get(&id).cloned();
-            (id, shard.unwrap_or_else(|| Arc::new(Mutex::new(Shard::new(id)))))
-        });
-        let next = Arc::new(View { cluster_id: view.cluster_id, shards: shards.collect(), slots });
+        let (mut shards, mut places) = (BTreeMap::new(), before.places.clone());
+        for (id, _) in slots.shards() {
+            let shard = match before.shards.get(&id) {
+                Some(shard) => shard.clone(),
+                None if places.len() >= limits::MAX_SHARDS as usize => {
+                    return tracing::error!(shard = %id, "ignored a placement: too many shards came and went");
+                }
+                None => {
+                    let shard = Arc::new(Mutex::new(Shard::new(id, places.len() as u16)));
+                    places.push(shard.clone());
+                    shard
+                }
+            };
+            shards.insert(id, shard);
+        }
+        let next = Arc::new(View { cluster_id: view.cluster_id, shards, places, slots });
         self.view.store(next.clone());
         self.keys.store(Arc::new(Keys::new(view.apps)));
         let around = self.around(&next);
@@ -159,14 +176,42 @@ impl Core {
         self.with(shard, |shard, around| shard.ask(frame, ticket, around));
     }
 
-    /// Lets a stream of a session watch a topic.
-    pub(crate) fn watch(&self, shard: ShardId, app: &AppId, topic: &Topic, inbox: &Arc<Inbox>, stream: u32) {
-        self.with(shard, |shard, around| shard.watch(app, topic, inbox, stream, around));
+    /// Lets a session watch a topic; see [`Shard::watch`].
+    pub(crate) fn watch(
+        &self,
+        shard: ShardId,
+        app: &AppId,
+        topic: &Topic,
+        session: SessionPlace,
+        inbox: &Inbox,
+    ) -> Option<Place> {
+        self.with(shard, |shard, around| shard.watch(app, topic, session, inbox, around))?
     }
 
     /// Ends what [`Self::watch`] began.
-    pub(crate) fn unwatch(&self, shard: ShardId, app: &AppId, topic: &Topic, inbox: &Arc<Inbox>, stream: u32) {
-        self.with(shard, |shard, around| shard.unwatch(app, topic, inbox, stream, around));
+    pub(crate) fn unwatch(&self, place: Place, session: SessionPlace, inbox: &Inbox) {
+        self.at(place, |shard, around| shard.unwatch(place, session, inbox, around));
+    }
+
+    /// See [`Shard::may_rest`].
+    pub(crate) fn may_rest(&self, place: Place, at: Seq, inbox: &Inbox) -> bool {
+        self.at(place, |shard, _| shard.may_rest(place, at, inbox)).unwrap_or(false)
+    }
+
+    /// See [`Shard::rests_at`].
+    pub(crate) fn rests_at(&self, place: Place, inbox: &Inbox) -> Option<Seq> {
+        self.at(place, |shard, _| shard.rests_at(place, inbox))?
+    }
+
+    /// The place of a conversation, if any session watches it.
+    pub(crate) fn find(&self, app: &AppId, conversation: &str) -> Option<Place> {
+        let shard = self.shard_of(app, conversation).ok()?;
+        self.with(shard, |shard, _| shard.find(app, conversation))?
+    }
+
+    /// What is watched at a place.
+    pub(crate) fn watched(&self, place: Place) -> Option<(ShardId, ConversationId)> {
+        self.at(place, |shard, _| shard.watched(place))?
     }
 
     /// Everything that a broker sent in one message. A shard is locked once for its frames in a row.
@@ -245,11 +290,16 @@ impl Core {
         }
     }
 
-    fn with(&self, id: ShardId, what: impl FnOnce(&mut Shard, &Around<'_>)) {
+    fn with<T>(&self, id: ShardId, what: impl FnOnce(&mut Shard, &Around<'_>) -> T) -> Option<T> {
         let view = self.view.load();
-        if let Some(shard) = view.shards.get(&id) {
-            what(&mut shard.lock(), &self.around(&view));
-        }
+        let shard = view.shards.get(&id)?;
+        Some(what(&mut shard.lock(), &self.around(&view)))
+    }
+
+    fn at<T>(&self, place: Place, what: impl FnOnce(&mut Shard, &Around<'_>) -> T) -> Option<T> {
+        let view = self.view.load();
+        let shard = view.places.get(place.shard())?;
+        Some(what(&mut shard.lock(), &self.around(&view)))
     }
 
     fn each(&self, what: impl Fn(&mut Shard, &Around<'_>)) {
@@ -262,6 +312,7 @@ impl Core {
         Around {
             links: &self.links,
             metrics: &self.metrics,
+            sessions: &self.places,
             placement: view.slots.version(),
             now_ms: self.now_ms(),
             frame_bytes: self.config.limits.max_frame_bytes,

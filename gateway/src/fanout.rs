@@ -1,12 +1,12 @@
-//! Who watches what: the conversations and users of one shard under 32-bit slots, each with the session streams that
-//! watch it.
-//! A live push is encoded once and shared by all of them. Must never decide what a session gets; that is its delivery.
+//! Who watches what: the conversations and users of one shard under 20-bit slots, each with the sessions that watch it.
+//! A live push is encoded once and shared by all of them. Must never decide what a session gets (that is its delivery),
+//! nor hold more than a few bytes for a session that only waits.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, hash::BuildHasher, sync::Arc};
 
-use hashbrown::{Equivalent, HashMap};
+use hashbrown::{DefaultHashBuilder, HashTable};
 use stentor_engine::{
-    delivery::{BadRun, PushRun, run_of_records},
+    delivery::{BadRun, HeadNews, PushRun, Told, run_of_records},
     limits,
 };
 use stentor_proto::{
@@ -19,14 +19,15 @@ use stentor_proto::{
 
 use crate::{
     inbox::{Inbox, Push},
+    sessions::{Places, SessionPlace},
     shard::Around,
 };
 
-/// A topic's place in the index.
+/// A topic's place in the index of its shard.
 pub(crate) type Slot = u32;
 
 /// What can be watched.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Topic {
     /// The events of a conversation.
     Conversation(ConversationId),
@@ -43,30 +44,13 @@ impl Topic {
     }
 }
 
-/// Hashes like [`Topic`], without owning its text.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum TopicRef<'a> {
+/// A [`Topic`] that does not own its text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum TopicRef<'a> {
+    /// See [`Topic`].
     Conversation(&'a str),
+    /// See [`Topic`].
     User(&'a str),
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Name {
-    app: AppId,
-    topic: Topic,
-}
-
-/// Hashes like [`Name`], without owning its texts.
-#[derive(Hash)]
-struct NameRef<'a> {
-    app: &'a str,
-    topic: TopicRef<'a>,
-}
-
-impl Equivalent<Name> for NameRef<'_> {
-    fn equivalent(&self, name: &Name) -> bool {
-        self.app == name.app.as_str() && self.topic == name.topic.as_ref()
-    }
 }
 
 /// A topic as the frames of brokers name it: a user, or without one a conversation.
@@ -77,18 +61,45 @@ pub(crate) struct Named {
     pub(crate) user: String,
 }
 
-struct Watcher {
-    inbox: Arc<Inbox>,
-    stream: u32,
+/// Of a [`Place`]: the slot stands here, the shard's place above.
+const SLOT_BITS: u32 = 20;
+const _: () = assert!(limits::GATEWAY_SHARD_CONVERSATIONS == 1 << SLOT_BITS);
+const _: () = assert!(limits::MAX_SHARDS <= 1 << (u32::BITS - SLOT_BITS));
+
+/// A topic's place at this gateway. It is one topic's as long as any session watches it there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Place(u32);
+
+impl Place {
+    /// `shard` is the shard's own place at this gateway, below [`limits::MAX_SHARDS`].
+    pub(crate) const fn new(shard: u16, slot: Slot) -> Self {
+        Self((shard as u32) << SLOT_BITS | slot)
+    }
+
+    /// The shard's place.
+    pub(crate) fn shard(self) -> usize {
+        (self.0 >> SLOT_BITS) as usize
+    }
+
+    /// The slot in its shard.
+    pub(crate) fn slot(self) -> Slot {
+        self.0 & ((1 << SLOT_BITS) - 1)
+    }
 }
 
+/// One topic. There are many of them: every byte counts.
 struct Watched {
-    name: Name,
-    watchers: Vec<Watcher>,
-    /// The head at which the present leader registered the interest.
-    registered: Option<Seq>,
+    topic: Topic,
+    watchers: Vec<SessionPlace>,
+    told: Told,
+    /// Place in [`Fanout::apps`].
+    app: u16,
     /// Registrations on the present route without an answer.
-    asked: u32,
+    asked: u16,
+    /// The present leader has registered the interest.
+    registered: bool,
+    /// Refused for good: no longer in the index, and only here until its sessions have heard of it.
+    refused: bool,
 }
 
 /// Live events that cannot be used: their broker's fault.
@@ -98,161 +109,286 @@ pub(crate) struct BadLive {
     pub(crate) error: BadRun,
 }
 
+/// What became of the wish to watch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Begun {
+    /// The topic is new here: interest must be registered.
+    New(Slot),
+    /// Others watch it too.
+    Joined(Slot),
+    /// There is no place left.
+    Full,
+}
+
 /// The index of one shard.
-#[derive(Default)]
 pub(crate) struct Fanout {
-    slots: HashMap<Name, Slot>,
+    /// The shard's place at this gateway.
+    shard: u16,
+    /// By app and topic. Never iterated: its order is another one in every process.
+    index: HashTable<Slot>,
+    hasher: DefaultHashBuilder,
     watched: Vec<Option<Watched>>,
+    apps: Vec<AppId>,
     free: Vec<Slot>,
     /// Given up while registrations may still be answered, with how many; free after the last answer or the next
     /// [`Self::unregister`].
-    resting: BTreeMap<Slot, u32>,
+    given_up: BTreeMap<Slot, u16>,
 }
 
 impl Fanout {
-    /// Adds a stream. True when the topic is new here and interest must be registered.
-    pub(crate) fn watch(&mut self, app: &AppId, topic: &Topic, inbox: &Arc<Inbox>, stream: u32) -> (Slot, bool) {
-        let watcher = Watcher { inbox: inbox.clone(), stream };
-        let name = NameRef { app: app.as_str(), topic: topic.as_ref() };
-        if let Some(&slot) = self.slots.get(&name)
+    /// `shard` is the shard's place at this gateway.
+    pub(crate) fn new(shard: u16) -> Self {
+        Self {
+            shard,
+            index: HashTable::new(),
+            hasher: DefaultHashBuilder::default(),
+            watched: Vec::new(),
+            apps: Vec::new(),
+            free: Vec::new(),
+            given_up: BTreeMap::new(),
+        }
+    }
+
+    /// Adds a session. It is told at once if the interest is registered already.
+    pub(crate) fn watch(&mut self, app: &AppId, topic: &Topic, session: SessionPlace, inbox: &Inbox) -> Begun {
+        let shard = self.shard;
+        if let Some(slot) = self.find(app.as_str(), topic.as_ref())
             && let Some(Some(watched)) = self.watched.get_mut(slot as usize)
         {
-            if let Some(head) = watched.registered {
-                inbox.head(stream, head, true);
+            if watched.registered {
+                let upto = watched.told.upto();
+                inbox.head(Place::new(shard, slot), HeadNews::new(upto, upto, true));
             }
-            watched.watchers.push(watcher);
-            return (slot, false);
+            grow(&mut watched.watchers);
+            watched.watchers.push(session);
+            return Begun::Joined(slot);
         }
-        let name = Name { app: app.clone(), topic: topic.clone() };
-        let watched = Watched { name: name.clone(), watchers: vec![watcher], registered: None, asked: 0 };
-        let slot = self.free.pop().unwrap_or_else(|| {
-            self.watched.push(None);
-            (self.watched.len() - 1) as Slot
-        });
+        let (Some(app_place), Some(slot)) = (self.app(app), self.take_slot()) else { return Begun::Full };
+        let mut watchers = Vec::new();
+        grow(&mut watchers);
+        watchers.push(session);
+        let watched = Watched {
+            topic: topic.clone(),
+            watchers,
+            told: Told::default(),
+            app: app_place,
+            asked: 0,
+            registered: false,
+            refused: false,
+        };
         if let Some(place) = self.watched.get_mut(slot as usize) {
             *place = Some(watched);
         }
-        self.slots.insert(name, slot);
-        (slot, true)
+        let hash = self.hash(app.as_str(), topic.as_ref());
+        let Self { index, hasher, watched, apps, .. } = self;
+        index.insert_unique(hash, slot, |&slot| hash_of(hasher, watched, apps, slot));
+        Begun::New(slot)
     }
 
-    /// Removes a stream. The name of the topic when nobody watches it any more and interest must be dropped.
-    pub(crate) fn unwatch(&mut self, app: &AppId, topic: &Topic, inbox: &Arc<Inbox>, stream: u32) -> Option<Named> {
-        let &slot = self.slots.get(&NameRef { app: app.as_str(), topic: topic.as_ref() })?;
+    /// Removes a session. The name of the topic when nobody watches it any more and interest must be dropped.
+    pub(crate) fn unwatch(&mut self, slot: Slot, session: SessionPlace) -> Option<Named> {
         let watched = self.watched.get_mut(slot as usize)?.as_mut()?;
-        watched.watchers.retain(|w| w.stream != stream || !Arc::ptr_eq(&w.inbox, inbox));
+        watched.watchers.retain(|&watcher| watcher != session);
         if !watched.watchers.is_empty() {
             return None;
         }
+        let (refused, asked) = (watched.refused, watched.asked);
         let name = self.name(slot);
-        self.release(slot);
-        Some(name)
-    }
-
-    /// Takes a topic out of the index. An answer to a registration that is under way must not meet another one
-    /// in its slot.
-    fn release(&mut self, slot: Slot) -> Option<Watched> {
-        let watched = self.watched.get_mut(slot as usize)?.take()?;
-        self.slots.remove(&watched.name);
-        match watched.asked {
+        self.unlink(slot);
+        *self.watched.get_mut(slot as usize)? = None;
+        // An answer to a registration that is under way must not meet another topic in this slot.
+        match asked {
             0 => self.free.push(slot),
-            asked => drop(self.resting.insert(slot, asked)),
+            asked => drop(self.given_up.insert(slot, asked)),
         }
-        Some(watched)
+        (!refused).then_some(name)
     }
 
-    /// All topics, in an order that is the same in every process.
+    /// All topics of which something is wanted, in an order that is the same in every process.
     pub(crate) fn slots(&self) -> impl Iterator<Item = Slot> {
-        let taken = self.watched.iter().zip(0..).filter(|(watched, _)| watched.is_some());
-        taken.map(|(_, slot)| slot)
+        let wanted = |watched: &Option<Watched>| watched.as_ref().is_some_and(|watched| !watched.refused);
+        self.watched.iter().zip(0..).filter(move |(watched, _)| wanted(watched)).map(|(_, slot)| slot)
     }
 
     /// Whether anything is watched.
     pub(crate) fn has_watchers(&self) -> bool {
-        !self.slots.is_empty()
+        !self.index.is_empty()
+    }
+
+    /// Where a topic stands in the index.
+    pub(crate) fn find(&self, app: &str, topic: TopicRef<'_>) -> Option<Slot> {
+        let is_it = |&slot: &Slot| {
+            let watched = self.get(slot).filter(|watched| watched.topic.as_ref() == topic);
+            watched.and_then(|watched| self.app_of(watched)).is_some_and(|of| of.as_str() == app)
+        };
+        self.index.find(self.hash(app, topic), is_it).copied()
+    }
+
+    /// The conversation of a slot.
+    pub(crate) fn conversation(&self, slot: Slot) -> Option<&ConversationId> {
+        match &self.get(slot)?.topic {
+            Topic::Conversation(id) => Some(id),
+            Topic::User(_) => None,
+        }
     }
 
     /// The name of a slot; empty for one that is not taken.
     pub(crate) fn name(&self, slot: Slot) -> Named {
-        let Some(Some(Watched { name, .. })) = self.watched.get(slot as usize) else { return Named::default() };
-        let named = Named { app: name.app.as_str().into(), ..Named::default() };
-        match &name.topic {
+        let Some(watched) = self.get(slot) else { return Named::default() };
+        let app = self.app_of(watched).map(AppId::as_str).unwrap_or_default();
+        let named = Named { app: app.into(), ..Named::default() };
+        match &watched.topic {
             Topic::Conversation(id) => Named { conversation: id.as_str().into(), ..named },
             Topic::User(id) => Named { user: id.as_str().into(), ..named },
         }
     }
 
+    /// Up to where all streams of a conversation were told what there is.
+    pub(crate) fn told(&self, slot: Slot) -> Option<Seq> {
+        Some(self.get(slot)?.told.upto())
+    }
+
     /// No registration counts any more: the stream or the term changed. No answer to an older one will be looked at.
     pub(crate) fn unregister(&mut self) {
-        self.watched.iter_mut().flatten().for_each(|watched| (watched.registered, watched.asked) = (None, 0));
-        self.free.extend(std::mem::take(&mut self.resting).into_keys());
+        self.watched.iter_mut().flatten().for_each(|watched| (watched.registered, watched.asked) = (false, 0));
+        self.free.extend(std::mem::take(&mut self.given_up).into_keys());
     }
 
     /// Interest in a topic is asked for (again) on the present route.
     pub(crate) fn asks(&mut self, slot: Slot) {
         if let Some(Some(watched)) = self.watched.get_mut(slot as usize) {
-            (watched.registered, watched.asked) = (None, watched.asked + 1);
+            // At its end the count stays there: the slot is free with the next route.
+            (watched.registered, watched.asked) = (false, watched.asked.saturating_add(1));
         }
     }
 
     /// A registration on the present route has its answer, whatever that is.
     pub(crate) fn answered(&mut self, slot: Slot) {
+        let is_last = |asked: &mut u16| {
+            *asked -= u16::from(*asked > 0 && *asked < u16::MAX);
+            *asked == 0
+        };
         if let Some(Some(watched)) = self.watched.get_mut(slot as usize) {
-            watched.asked = watched.asked.saturating_sub(1);
-        } else if let Some(asked) = self.resting.get_mut(&slot) {
-            *asked -= 1;
-            if *asked == 0 {
-                self.resting.remove(&slot);
-                self.free.push(slot);
-            }
+            is_last(&mut watched.asked);
+        } else if self.given_up.get_mut(&slot).is_some_and(is_last) {
+            self.given_up.remove(&slot);
+            self.free.push(slot);
         }
     }
 
     /// The leader registered interest at this head.
-    pub(crate) fn registered(&mut self, slot: Slot, head: Seq) {
+    pub(crate) fn registered(&mut self, slot: Slot, head: Seq, sessions: &Places) {
         let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return };
-        watched.registered = Some(head);
-        watched.watchers.iter().for_each(|w| w.inbox.head(w.stream, head, true));
+        watched.registered = true;
+        let (place, news) = (Place::new(self.shard, slot), HeadNews::new(head, watched.told.tell(head), true));
+        sessions.all(&watched.watchers).for_each(|inbox| inbox.head(place, news));
     }
 
-    /// The leader refused the interest for good: nobody watches the topic any more, so that whoever comes next asks
-    /// anew.
-    pub(crate) fn refused(&mut self, slot: Slot, refusal: &Refusal) {
-        let Some(watched) = self.release(slot) else { return };
-        watched.watchers.iter().for_each(|w| w.inbox.refused(w.stream, refusal.clone()));
+    /// The leader refused the interest for good: whoever comes next asks anew. The slot stays taken until all sessions
+    /// that were told have left it, so that none takes another conversation's news for this one's.
+    pub(crate) fn refused(&mut self, slot: Slot, refusal: &Refusal, sessions: &Places) {
+        self.unlink(slot);
+        let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return };
+        watched.refused = true;
+        let place = Place::new(self.shard, slot);
+        sessions.all(&watched.watchers).for_each(|inbox| inbox.refused(place, refusal.clone()));
     }
 
     /// A topic's head is at least this.
-    pub(crate) fn head(&mut self, hint: &internal::HeadHint) {
+    pub(crate) fn head(&mut self, hint: &internal::HeadHint, sessions: &Places) {
         let topic = match hint.user.as_str() {
             "" => TopicRef::Conversation(&hint.conversation),
             user => TopicRef::User(user),
         };
-        let Some(&slot) = self.slots.get(&NameRef { app: &hint.app, topic }) else { return };
-        if let Some(Some(watched)) = self.watched.get_mut(slot as usize) {
-            watched.watchers.iter().for_each(|w| w.inbox.head(w.stream, Seq(hint.head), false));
+        let Some(slot) = self.find(&hint.app, topic) else { return };
+        let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return };
+        let head = Seq(hint.head);
+        let (place, news) = (Place::new(self.shard, slot), HeadNews::new(head, watched.told.tell(head), false));
+        if news.holds_back() {
+            sessions.all(&watched.watchers).for_each(|inbox| inbox.head(place, news));
         }
     }
 
-    /// Carries a live push to all streams that watch its conversation.
+    /// Carries a live push to all sessions that watch its conversation.
     pub(crate) fn live(&mut self, live: internal::Live, around: &Around<'_>) -> Result<(), BadLive> {
-        let name = NameRef { app: &live.app, topic: TopicRef::Conversation(&live.conversation) };
-        let Some(&slot) = self.slots.get(&name) else { return Ok(()) };
+        let topic = TopicRef::Conversation(&live.conversation);
+        let Some(slot) = self.find(&live.app, topic) else { return Ok(()) };
         let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return Ok(()) };
         around.metrics.live_events.inc_by(live.records.len() as u64);
+        let sessions = around.sessions.read();
+        let place = Place::new(self.shard, slot);
         let mut records = &live.records[..];
         while !records.is_empty() {
             let (part, rest) = records.split_at(part_len(records, around.frame_bytes));
             let run = run_of_records(part).map_err(|error| BadLive { slot, error })?;
-            let push = Arc::new(encode(&live.conversation, part, run));
-            for watcher in &watched.watchers {
-                if !watcher.inbox.push(watcher.stream, &push) {
+            let before = watched.told.tell(run.last);
+            let push = Arc::new(encode(&live.conversation, part, run, before));
+            for inbox in sessions.all(&watched.watchers) {
+                if !inbox.push(place, &push) {
                     around.metrics.dropped_pushes.inc();
                 }
             }
             records = rest;
         }
         Ok(())
+    }
+
+    fn get(&self, slot: Slot) -> Option<&Watched> {
+        self.watched.get(slot as usize)?.as_ref()
+    }
+
+    fn app_of(&self, watched: &Watched) -> Option<&AppId> {
+        self.apps.get(usize::from(watched.app))
+    }
+
+    /// The app's place; there are few.
+    fn app(&mut self, app: &AppId) -> Option<u16> {
+        let known = self.apps.iter().position(|known| known == app);
+        let place = u16::try_from(known.unwrap_or(self.apps.len())).ok()?;
+        if known.is_none() {
+            self.apps.push(app.clone());
+        }
+        Some(place)
+    }
+
+    fn take_slot(&mut self) -> Option<Slot> {
+        if let Some(slot) = self.free.pop() {
+            return Some(slot);
+        }
+        if self.watched.len() >= limits::GATEWAY_SHARD_CONVERSATIONS {
+            return None;
+        }
+        grow(&mut self.watched);
+        self.watched.push(None);
+        Some((self.watched.len() - 1) as Slot)
+    }
+
+    /// Takes a topic out of the index.
+    fn unlink(&mut self, slot: Slot) {
+        let Some(watched) = self.get(slot) else { return };
+        let app = self.app_of(watched).map(AppId::as_str).unwrap_or_default();
+        let hash = self.hash(app, watched.topic.as_ref());
+        if let Ok(entry) = self.index.find_entry(hash, |&other| other == slot) {
+            entry.remove();
+        }
+    }
+
+    fn hash(&self, app: &str, topic: TopicRef<'_>) -> u64 {
+        self.hasher.hash_one((app, topic))
+    }
+}
+
+fn hash_of(hasher: &DefaultHashBuilder, watched: &[Option<Watched>], apps: &[AppId], slot: Slot) -> u64 {
+    // Only slots that are taken stand in the index.
+    let Some(Some(watched)) = watched.get(slot as usize) else { return 0 };
+    let app = apps.get(usize::from(watched.app)).map(AppId::as_str).unwrap_or_default();
+    hasher.hash_one((app, watched.topic.as_ref()))
+}
+
+/// Room for one more, and for an eighth on top: doubling would leave half of a large gateway's memory unused.
+pub(crate) fn grow<T>(list: &mut Vec<T>) {
+    if list.len() == list.capacity() {
+        list.reserve_exact((list.len() / 8).max(2));
     }
 }
 
@@ -269,12 +405,12 @@ fn part_len(records: &[Bytes], frame_bytes: usize) -> usize {
 /// Tags and lengths around a record.
 pub(crate) const ITEM_OVERHEAD_BYTES: usize = 12;
 
-fn encode(conversation: &str, records: &[Bytes], run: PushRun) -> Push {
+fn encode(conversation: &str, records: &[Bytes], run: PushRun, before: Seq) -> Push {
     let items = records.iter().map(|r| v1::Item { item: Some(item::Item::Record(r.clone())) }).collect();
     let frame = ServerFrame::Events(v1::Events { conversation: conversation.into(), items }).to_bytes();
     let credit_bytes = records.iter().map(|r| r.len() as u64).sum();
     let records = if run.removals.is_empty() { Vec::new() } else { records.to_vec() };
-    Push { frame, credit_bytes, run, records }
+    Push { frame, credit_bytes, run, before, records }
 }
 
 #[cfg(test)]
@@ -282,7 +418,7 @@ mod tests {
     use stentor_proto::{ids::PlacementVersion, record, v1::EventHeader, v1::EventKind};
 
     use super::*;
-    use crate::{link::Links, metrics::Metrics};
+    use crate::{link::Links, metrics::Metrics, sessions::Sessions};
 
     fn event(seq: u64, kind: EventKind, subject: &'static str, body: &[u8]) -> Bytes {
         let header = EventHeader { seq, kind: kind.into(), subject: subject.into(), ..Default::default() };
@@ -295,17 +431,10 @@ mod tests {
         internal::Live { shard: 1, app: "app".into(), conversation: "c".into(), records }
     }
 
-    fn topic(conversation: &str) -> Topic {
-        Topic::Conversation(ConversationId::new(conversation).unwrap())
-    }
-
-    fn hint(conversation: &str, user: &str, head: u64) -> internal::HeadHint {
-        internal::HeadHint { app: "app".into(), conversation: conversation.into(), user: user.into(), head }
-    }
-
     struct World {
         links: Links,
         metrics: Metrics,
+        sessions: Sessions,
         fanout: Fanout,
         app: AppId,
     }
@@ -314,40 +443,60 @@ mod tests {
         fn new() -> Self {
             let links = Links::new(std::iter::empty());
             let app = AppId::new("app").unwrap();
-            Self { links, metrics: Metrics::default(), fanout: Fanout::default(), app }
+            let (metrics, sessions) = (Metrics::default(), Sessions::default());
+            Self { links, metrics, sessions, fanout: Fanout::new(SHARD), app }
         }
 
-        fn watch(&mut self, conversation: &str, inbox: &Arc<Inbox>, stream: u32) -> (Slot, bool) {
-            self.fanout.watch(&self.app, &topic(conversation), inbox, stream)
+        fn sessions<const N: usize>(&self) -> [(SessionPlace, Arc<Inbox>); N] {
+            std::array::from_fn(|_| {
+                let inbox = Arc::new(Inbox::default());
+                (self.sessions.enter(&inbox), inbox)
+            })
         }
 
-        fn unwatch(&mut self, conversation: &str, inbox: &Arc<Inbox>, stream: u32) -> bool {
-            self.fanout.unwatch(&self.app, &topic(conversation), inbox, stream).is_some()
+        fn watch(&mut self, conversation: &str, (session, inbox): &(SessionPlace, Arc<Inbox>)) -> Begun {
+            let topic = Topic::Conversation(ConversationId::new(conversation).unwrap());
+            self.fanout.watch(&self.app, &topic, *session, inbox)
         }
 
         fn live(&mut self, records: Vec<Bytes>) -> Result<(), BadLive> {
             let placement = PlacementVersion(1);
-            let (links, metrics) = (&self.links, &self.metrics);
-            self.fanout.live(live(records), &Around { links, metrics, placement, now_ms: 0, frame_bytes: 65_536 })
+            let (links, metrics, sessions) = (&self.links, &self.metrics, &self.sessions);
+            let around = Around { links, metrics, sessions, placement, now_ms: 0, frame_bytes: 65_536 };
+            self.fanout.live(live(records), &around)
         }
+
+        fn registered(&mut self, slot: Slot, head: u64) {
+            self.fanout.answered(slot);
+            self.fanout.registered(slot, Seq(head), &self.sessions.read());
+        }
+    }
+
+    fn hint(conversation: &str, user: &str, head: u64) -> internal::HeadHint {
+        internal::HeadHint { app: "app".into(), conversation: conversation.into(), user: user.into(), head }
+    }
+
+    const SHARD: u16 = 7;
+
+    fn place(slot: Slot) -> Place {
+        Place::new(SHARD, slot)
     }
 
     #[test]
     fn a_push_is_encoded_once_for_all_its_sessions() {
         let mut world = World::new();
-        let inboxes = [0; 3].map(|_| Arc::new(Inbox::default()));
-        for (n, inbox) in inboxes.iter().enumerate() {
-            assert_eq!(world.watch("c", inbox, n as u32 + 7), (0, n == 0));
-        }
-        world.watch("other", &inboxes[0], 3);
+        let sessions: [_; 3] = world.sessions();
+        let begun = sessions.each_ref().map(|session| world.watch("c", session));
+        assert_eq!(begun, [Begun::New(0), Begun::Joined(0), Begun::Joined(0)]);
+        world.watch("other", &sessions[0]);
         let records = vec![event(4, EventKind::Message, "", b"x"), event(5, EventKind::ParticipantRemoved, "ann", b"")];
         assert!(world.live(records).is_ok());
-        let news = inboxes.each_ref().map(|inbox| inbox.take());
+        let news = sessions.each_ref().map(|(_, inbox)| inbox.take());
         let first = &news[0].pushes[0].1;
         assert_eq!((first.run.first, first.run.last, first.records.len()), (Seq(4), Seq(5), 2));
         assert_eq!(first.run.for_user("ann").removed_at, Some(Seq(5)));
-        for (n, news) in news.iter().enumerate() {
-            assert_eq!((news.pushes.len(), news.pushes[0].0), (1, n as u32 + 7));
+        for news in &news {
+            assert_eq!((news.pushes.len(), news.pushes[0].0), (1, place(0)));
             assert!(Arc::ptr_eq(first, &news.pushes[0].1));
         }
     }
@@ -355,96 +504,128 @@ mod tests {
     #[test]
     fn a_long_push_is_cut_into_frames_that_fit() {
         let mut world = World::new();
-        let inbox = Arc::new(Inbox::default());
-        world.watch("c", &inbox, 1);
+        let [session] = world.sessions();
+        world.watch("c", &session);
         assert!(world.live((1..=10).map(|seq| event(seq, EventKind::Message, "", &[0; 20_000])).collect()).is_ok());
-        let news = inbox.take();
+        let news = session.1.take();
         assert!(news.pushes.len() >= 3 || !news.heads.is_empty());
         assert!(news.pushes.iter().all(|(_, push)| push.frame.len() <= 65_536));
+        let befores: Vec<_> = news.pushes.iter().map(|(_, push)| push.before.0 + 1).collect();
+        let firsts: Vec<_> = news.pushes.iter().map(|(_, push)| push.run.first.0).collect();
+        assert_eq!(befores, firsts, "each part begins where the one before it ended");
     }
 
     #[test]
     fn events_that_are_not_dense_are_not_carried() {
         let mut world = World::new();
-        let inbox = Arc::new(Inbox::default());
-        let (slot, _) = world.watch("c", &inbox, 1);
+        let [session] = world.sessions();
+        world.watch("c", &session);
         let records = vec![event(4, EventKind::Message, "", b"x"), event(6, EventKind::Message, "", b"x")];
-        assert_eq!(world.live(records).unwrap_err().slot, slot);
+        assert_eq!(world.live(records).unwrap_err().slot, 0);
         assert!(world.live(vec![Bytes::from_static(b"no record")]).is_err());
-        assert!(inbox.take().pushes.is_empty());
+        assert!(session.1.take().pushes.is_empty());
     }
 
     #[test]
     fn a_slot_is_not_given_again_while_its_registrations_may_be_answered() {
         let mut world = World::new();
-        let inbox = Arc::new(Inbox::default());
-        let (first, _) = world.watch("c", &inbox, 1);
-        world.fanout.asks(first);
-        world.fanout.asks(first);
-        assert!(world.unwatch("c", &inbox, 1), "nobody is left");
-        let (second, _) = world.watch("d", &inbox, 2);
-        assert_ne!(first, second);
+        let [session] = world.sessions();
+        assert_eq!(world.watch("c", &session), Begun::New(0));
+        world.fanout.asks(0);
+        world.fanout.asks(0);
+        assert!(world.fanout.unwatch(0, session.0).is_some(), "nobody is left");
+        assert_eq!(world.watch("d", &session), Begun::New(1));
         for asked in [2, 1] {
-            assert_eq!(world.fanout.resting.get(&first), Some(&asked));
-            world.fanout.answered(first);
-            world.fanout.registered(first, Seq(9));
-            assert!(inbox.take().heads.is_empty(), "an answer for a conversation that nobody watches");
+            assert_eq!(world.fanout.given_up.get(&0), Some(&asked));
+            world.registered(0, 9);
+            assert!(session.1.take().heads.is_empty(), "an answer for a conversation that nobody watches");
         }
-        let (third, _) = world.watch("e", &inbox, 3);
-        assert_eq!(first, third, "free once all was answered");
-        world.fanout.asks(third);
-        world.fanout.answered(third);
-        world.fanout.registered(third, Seq(4));
-        let heads = inbox.take().heads;
-        assert_eq!((heads[&3].head, heads[&3].registered), (Seq(4), true));
-        assert!(world.unwatch("e", &inbox, 3));
-        assert_eq!(world.watch("f", &inbox, 4).0, third, "free at once when it was answered before");
+        assert_eq!(world.watch("e", &session), Begun::New(0), "free once all was answered");
+        world.fanout.asks(0);
+        world.registered(0, 4);
+        assert_eq!(session.1.take().heads[&place(0)], HeadNews::new(Seq(4), Seq(0), true));
+        assert!(world.fanout.unwatch(0, session.0).is_some());
+        assert_eq!(world.watch("f", &session), Begun::New(0), "free at once when it was answered before");
     }
 
     #[test]
     fn a_refused_interest_leaves_its_slot_and_strands_nobody() {
         let mut world = World::new();
-        let inbox = Arc::new(Inbox::default());
-        for n in 0..1_000 {
-            let (slot, is_new) = world.watch("nowhere", &inbox, n);
-            assert!(is_new, "whoever comes after a refusal asks anew");
+        let [session, next] = world.sessions();
+        for _ in 0..1_000 {
+            assert!(matches!(world.watch("nowhere", &session), Begun::New(_)), "whoever comes after it asks anew");
+            let slot = world.fanout.find("app", TopicRef::Conversation("nowhere")).unwrap();
             world.fanout.asks(slot);
             world.fanout.answered(slot);
-            world.fanout.refused(slot, &stentor_proto::reason::Reason::UnknownConversation.refusal());
-            let refused = inbox.take().refused;
-            assert_eq!((refused.len(), refused[0].0), (1, n));
+            let refusal = stentor_proto::reason::Reason::UnknownConversation.refusal();
+            world.fanout.refused(slot, &refusal, &world.sessions.read());
+            // Until the session has left it, the slot is no other conversation's.
+            let Begun::New(other) = world.watch("elsewhere", &next) else { panic!() };
+            assert_ne!(other, slot);
+            assert!(world.fanout.unwatch(other, next.0).is_some());
+            assert_eq!(session.1.take().refused, [(place(slot), refusal)]);
+            assert_eq!(world.fanout.unwatch(slot, session.0), None, "there is no interest left to drop");
         }
-        assert!(!world.unwatch("nowhere", &inbox, 0), "there is no interest left to drop");
         assert!(!world.fanout.has_watchers());
-        assert_eq!((world.fanout.watched.len(), world.fanout.resting.len()), (1, 0), "one slot served them all");
+        assert_eq!((world.fanout.watched.len(), world.fanout.given_up.len()), (2, 0), "two slots served them all");
     }
 
     #[test]
-    fn a_late_watcher_hears_of_the_registration() {
+    fn a_late_session_hears_of_the_registration() {
         let mut world = World::new();
-        let inboxes = [0; 2].map(|_| Arc::new(Inbox::default()));
-        let (slot, _) = world.watch("c", &inboxes[0], 1);
-        world.fanout.registered(slot, Seq(4));
-        world.watch("c", &inboxes[1], 2);
-        assert!(inboxes[1].take().heads[&2].registered);
-        assert!(!world.unwatch("c", &inboxes[0], 1), "one is left");
-        assert!(!world.unwatch("c", &inboxes[0], 1), "twice does no harm");
-        world.fanout.head(&hint("c", "", 8));
-        assert_eq!(inboxes[1].take().heads[&2].head, Seq(8));
+        let [first, late] = world.sessions();
+        world.watch("c", &first);
+        world.fanout.asks(0);
+        world.registered(0, 4);
+        assert!(world.live(vec![event(5, EventKind::Message, "", b"x")]).is_ok());
+        world.watch("c", &late);
+        assert_eq!(late.1.take().heads[&place(0)], HeadNews::new(Seq(5), Seq(5), true));
+        assert_eq!(world.fanout.unwatch(0, first.0), None, "one is left");
+        assert_eq!(world.fanout.unwatch(0, first.0), None, "twice does no harm");
+        world.fanout.head(&hint("c", "", 8), &world.sessions.read());
+        assert_eq!(late.1.take().heads[&place(0)], HeadNews::new(Seq(8), Seq(5), false));
+        world.fanout.head(&hint("c", "", 8), &world.sessions.read());
+        assert!(late.1.take().heads.is_empty(), "told already");
     }
 
     #[test]
-    fn a_user_is_no_conversation_of_his_name() {
+    fn a_conversation_with_ten_sessions_costs_few_bytes() {
+        // What an idle device costs per conversation rests on this (docs/performance.md).
+        assert!(size_of::<Option<Watched>>() <= 64, "{}", size_of::<Option<Watched>>());
         let mut world = World::new();
-        let inbox = Arc::new(Inbox::default());
-        world.watch("ann", &inbox, 1);
-        let ann = Topic::User(UserId::new("ann").unwrap());
-        let (slot, is_new) = world.fanout.watch(&world.app, &ann, &inbox, 2);
-        assert!(is_new);
-        let (app, user) = ("app".into(), "ann".into());
-        assert_eq!(world.fanout.name(slot), Named { app, user, ..Named::default() });
-        world.fanout.head(&hint("", "ann", 8));
-        let heads = inbox.take().heads;
-        assert_eq!((heads.len(), heads[&2].head), (1, Seq(8)));
+        let sessions: [_; 10] = world.sessions();
+        for session in &sessions {
+            world.watch("c", session);
+        }
+        assert!(world.fanout.get(0).unwrap().watchers.capacity() <= 12);
+    }
+
+    #[test]
+    fn apps_do_not_meet() {
+        let mut world = World::new();
+        let [session] = world.sessions();
+        world.watch("c", &session);
+        world.app = AppId::new("other").unwrap();
+        assert_eq!(world.watch("c", &session), Begun::New(1));
+        let find = |app| world.fanout.find(app, TopicRef::Conversation("c"));
+        assert_eq!((find("app"), find("other")), (Some(0), Some(1)));
+        assert_eq!((world.fanout.name(1).app, world.fanout.name(1).conversation), ("other".into(), "c".into()));
+        assert!(world.live(vec![event(1, EventKind::Message, "", b"x")]).is_ok());
+        assert_eq!(session.1.take().pushes[0].0, place(0));
+    }
+
+    #[test]
+    fn a_user_is_watched_beside_a_conversation_of_the_same_name() {
+        let mut world = World::new();
+        let [of_conversation, of_user] = world.sessions();
+        world.watch("c", &of_conversation);
+        let topic = Topic::User(UserId::new("c").unwrap());
+        assert_eq!(world.fanout.watch(&world.app, &topic, of_user.0, &of_user.1), Begun::New(1));
+        world.fanout.head(&hint("", "c", 3), &world.sessions.read());
+        assert_eq!(of_user.1.take().heads[&place(1)].head, Seq(3));
+        assert!(of_conversation.1.take().heads.is_empty());
+        assert_eq!(world.fanout.conversation(1), None);
+        let name = world.fanout.unwatch(1, of_user.0).unwrap();
+        assert_eq!((name.user.as_str(), name.conversation.as_str()), ("c", ""));
     }
 }

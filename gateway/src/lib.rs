@@ -14,6 +14,7 @@ mod link;
 mod metrics;
 mod placement;
 mod session;
+mod sessions;
 mod shard;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};

@@ -4,9 +4,10 @@ use std::sync::atomic::AtomicI64;
 
 use prometheus_client::{
     encoding::text,
-    metrics::{counter::Counter, gauge::Gauge},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
+use stentor_proto::frame::ClientFrame;
 
 macro_rules! metrics {
     ($($(#[doc = $help:literal])* $name:ident: $kind:ty;)*) => {
@@ -14,6 +15,7 @@ macro_rules! metrics {
         pub(crate) struct Metrics {
             registry: Registry,
             $($(#[doc = $help])* pub(crate) $name: $kind,)*
+            device_frames: DeviceFrames,
         }
 
         impl Default for Metrics {
@@ -23,7 +25,8 @@ macro_rules! metrics {
                     let $name = <$kind>::default();
                     registry.register(stringify!($name), concat!($($help),*).trim(), $name.clone());
                 )*
-                Self { registry, $($name,)* }
+                let device_frames = DeviceFrames::register(&mut registry);
+                Self { registry, $($name,)* device_frames }
             }
         }
     };
@@ -60,7 +63,39 @@ metrics! {
     fatals: Counter;
 }
 
+/// Frames that devices sent, by kind.
+struct DeviceFrames([Counter; FRAMES.len()]);
+
+/// The kinds in the order of [`DeviceFrames`].
+const FRAMES: [&str; 9] =
+    ["hello", "resume", "subscribe", "unsubscribe", "send", "move_cursors", "credit", "ping", "request"];
+
+impl DeviceFrames {
+    fn register(registry: &mut Registry) -> Self {
+        let family = Family::<[(&'static str, &'static str); 1], Counter>::default();
+        registry.register("device_frames", "Frames that devices sent", family.clone());
+        // Looked up once: what a frame costs is one addition.
+        Self(FRAMES.map(|kind| family.get_or_create(&[("kind", kind)]).clone()))
+    }
+}
+
 impl Metrics {
+    /// A device sent this frame.
+    pub(crate) fn device_frame(&self, frame: &ClientFrame) {
+        let place = match frame {
+            ClientFrame::Hello(_) => 0,
+            ClientFrame::Resume(_) => 1,
+            ClientFrame::Subscribe(_) => 2,
+            ClientFrame::Unsubscribe(_) => 3,
+            ClientFrame::Send(_) => 4,
+            ClientFrame::MoveCursors(_) => 5,
+            ClientFrame::Credit(_) => 6,
+            ClientFrame::Ping(_) => 7,
+            ClientFrame::Request(_) => 8,
+        };
+        self.device_frames.0[place].inc();
+    }
+
     /// In the text format of Prometheus.
     pub(crate) fn encode(&self) -> String {
         let mut out = String::new();
@@ -79,7 +114,14 @@ mod tests {
         let metrics = Metrics::default();
         metrics.sends.inc();
         metrics.sessions.set(3);
+        metrics.device_frame(&stentor_proto::v1::Resume::default().into());
+        metrics.device_frame(&stentor_proto::v1::Request::default().into());
         let text = metrics.encode();
+        for kind in FRAMES {
+            let count = u32::from(["resume", "request"].contains(&kind));
+            let line = format!("stentor_gateway_device_frames_total{{kind=\"{kind}\"}} {count}\n");
+            assert!(text.contains(&line), "{text}");
+        }
         assert!(text.contains("stentor_gateway_sends_total 1"), "{text}");
         assert!(text.contains("stentor_gateway_sessions 3"), "{text}");
     }

@@ -13,7 +13,7 @@ use stentor_engine::{
 };
 use stentor_proto::{
     Bytes,
-    ids::{AppId, BrokerId, PlacementVersion, Seq, ShardId},
+    ids::{AppId, BrokerId, ConversationId, PlacementVersion, Seq, ShardId},
     internal::{
         self, BrokerFrame, GatewayFrame, NotLeader, broker_frame, gateway_frame::Frame, interest_state, lookup_done,
         proposed, read_done,
@@ -23,10 +23,11 @@ use stentor_proto::{
 };
 
 use crate::{
-    fanout::{Fanout, Named, Slot, Topic},
+    fanout::{Begun, Fanout, Named, Place, Slot, Topic, TopicRef},
     inbox::{Answer, Inbox, Purpose, Reply},
     link::Links,
     metrics::Metrics,
+    sessions::{SessionPlace, Sessions},
 };
 
 /// The shard's number stands in the high bits of every id, so that an answer finds its shard without a table.
@@ -64,6 +65,7 @@ struct Query {
 pub(crate) struct Around<'a> {
     pub(crate) links: &'a Links,
     pub(crate) metrics: &'a Metrics,
+    pub(crate) sessions: &'a Sessions,
     pub(crate) placement: PlacementVersion,
     pub(crate) now_ms: u64,
     /// Longest `Events` message.
@@ -73,6 +75,8 @@ pub(crate) struct Around<'a> {
 /// One shard.
 pub(crate) struct Shard {
     id: ShardId,
+    /// Its own place at this gateway.
+    place: u16,
     route: Route,
     pipe: Pipe<Ticket>,
     waiting: VecDeque<Query>,
@@ -92,17 +96,19 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    pub(crate) fn new(id: ShardId) -> Self {
+    /// `place` is its own at this gateway, below [`limits::MAX_SHARDS`].
+    pub(crate) fn new(id: ShardId, place: u16) -> Self {
         let first = u64::from(id.0) << SHARD_SHIFT | 1;
         let limits = PipeLimits { entries: limits::PIPE_ENTRIES, bytes: limits::PIPE_BYTES };
         Self {
             id,
+            place,
             route: Route::default(),
             pipe: Pipe::new(first, limits),
             waiting: VecDeque::new(),
             asked: BTreeMap::new(),
             next_query: first,
-            fanout: Fanout::default(),
+            fanout: Fanout::new(place),
             attached: None,
             epoch: 0,
             attached_ms: 0,
@@ -140,24 +146,61 @@ impl Shard {
         self.flush(around);
     }
 
-    /// Lets a stream of a session watch a topic. Its inbox hears of the head once interest is registered.
-    pub(crate) fn watch(&mut self, app: &AppId, topic: &Topic, inbox: &Arc<Inbox>, stream: u32, around: &Around<'_>) {
-        let (slot, is_new) = self.fanout.watch(app, topic, inbox, stream);
-        if is_new && self.attached.is_some() {
-            let mut frames = vec![self.interest(slot)];
-            self.out(&mut frames, around);
-        }
+    /// Lets a session watch a topic. Its inbox hears of the head once interest is registered. `None`: there is no place
+    /// left.
+    pub(crate) fn watch(
+        &mut self,
+        app: &AppId,
+        topic: &Topic,
+        session: SessionPlace,
+        inbox: &Inbox,
+        around: &Around<'_>,
+    ) -> Option<Place> {
+        let slot = match self.fanout.watch(app, topic, session, inbox) {
+            Begun::New(slot) => {
+                if self.attached.is_some() {
+                    let mut frames = vec![self.interest(slot)];
+                    self.out(&mut frames, around);
+                }
+                slot
+            }
+            Begun::Joined(slot) => slot,
+            Begun::Full => return None,
+        };
         self.flush(around);
+        Some(Place::new(self.place, slot))
     }
 
-    /// Ends what [`Self::watch`] began.
-    pub(crate) fn unwatch(&mut self, app: &AppId, topic: &Topic, inbox: &Arc<Inbox>, stream: u32, around: &Around<'_>) {
-        let unwatched = self.fanout.unwatch(app, topic, inbox, stream);
+    /// Ends what [`Self::watch`] began; nothing more of it comes to the inbox, nor is left there.
+    pub(crate) fn unwatch(&mut self, place: Place, session: SessionPlace, inbox: &Inbox, around: &Around<'_>) {
+        let unwatched = self.fanout.unwatch(place.slot(), session);
+        inbox.forget(place);
         if let Some(Named { app, conversation, user }) = unwatched.filter(|_| self.attached.is_some()) {
             let drop_interest = internal::DropInterest { shard: self.id.0, app, conversation, user };
             let mut frames = vec![frame(Frame::DropInterest(drop_interest))];
             self.out(&mut frames, around);
         }
+    }
+
+    /// Whether a stream that stands at `at` may rest: no news told it otherwise, and none waits for it.
+    pub(crate) fn may_rest(&self, place: Place, at: Seq, inbox: &Inbox) -> bool {
+        self.fanout.told(place.slot()) == Some(at) && inbox.before(place).is_none()
+    }
+
+    /// Where a stream that rests stands.
+    pub(crate) fn rests_at(&self, place: Place, inbox: &Inbox) -> Option<Seq> {
+        inbox.before(place).or_else(|| self.fanout.told(place.slot()))
+    }
+
+    /// The place of a conversation that is watched.
+    pub(crate) fn find(&self, app: &AppId, conversation: &str) -> Option<Place> {
+        let topic = TopicRef::Conversation(conversation);
+        Some(Place::new(self.place, self.fanout.find(app.as_str(), topic)?))
+    }
+
+    /// What is watched at a place.
+    pub(crate) fn watched(&self, place: Place) -> Option<(ShardId, ConversationId)> {
+        Some((self.id, self.fanout.conversation(place.slot())?.clone()))
     }
 
     /// A frame of the shard from a broker.
@@ -172,7 +215,7 @@ impl Shard {
             }
             Some(F::Proposed(done)) => self.proposed(from, done, around),
             Some(F::Beat(beat)) => self.beat(from, &beat, around),
-            Some(F::Head(hint)) => self.fanout.head(&hint),
+            Some(F::Head(hint)) => self.fanout.head(&hint, &around.sessions.read()),
             Some(F::Interest(state)) => self.interest_state(from, state, around),
             Some(F::Read(done)) => {
                 let result = done.result.map(|result| match result {
@@ -399,11 +442,11 @@ impl Shard {
             Some(interest_state::Result::Registered(registered)) => {
                 self.route.confirmed();
                 self.term = self.term.max(registered.term);
-                self.fanout.registered(slot, Seq(registered.head));
+                self.fanout.registered(slot, Seq(registered.head), &around.sessions.read());
             }
             Some(interest_state::Result::NotLeader(not_leader)) => self.not_leader(from, &not_leader, around),
             Some(interest_state::Result::Refusal(refusal)) if !refusal.retryable => {
-                self.fanout.refused(slot, &refusal);
+                self.fanout.refused(slot, &refusal, &around.sessions.read());
             }
             _ => {
                 let at_ms = around.now_ms + limits::RETRY_MS;
@@ -414,7 +457,9 @@ impl Shard {
 
     fn beat(&mut self, from: BrokerId, beat: &internal::ShardBeat, around: &Around<'_>) {
         // Heads are news whoever tells them: they only make a stream look.
-        beat.heads.iter().for_each(|hint| self.fanout.head(hint));
+        let sessions = around.sessions.read();
+        beat.heads.iter().for_each(|hint| self.fanout.head(hint, &sessions));
+        drop(sessions);
         if self.attached != Some(from) {
             return;
         }

@@ -29,7 +29,7 @@ pub(super) async fn greet(core: &Arc<Core>, reader: &mut FrameReader) -> Result<
     let mut server = Server::new();
     // A stranger shall not make the gateway hold megabytes.
     reader.set_max_resume_bytes(core.config.limits.max_frame_bytes);
-    let hello = hello(&mut server, reader).await?;
+    let hello = hello(core, &mut server, reader).await?;
     let greeting = check_hello(&hello).map_err(Reason::refusal)?;
     if *core.draining.borrow() {
         return Err(Reason::Draining.refusal());
@@ -51,6 +51,7 @@ pub(super) async fn greet(core: &Arc<Core>, reader: &mut FrameReader) -> Result<
     out.push(welcome(core, &who, &greeting, session_no));
     Ok(Session {
         core: core.clone(),
+        place: core.places.enter(&inbox),
         inbox,
         who,
         admin: claims.admin,
@@ -66,7 +67,7 @@ pub(super) async fn greet(core: &Arc<Core>, reader: &mut FrameReader) -> Result<
     })
 }
 
-async fn hello(server: &mut Server, reader: &mut FrameReader) -> Result<v1::Hello, Refusal> {
+async fn hello(core: &Core, server: &mut Server, reader: &mut FrameReader) -> Result<v1::Hello, Refusal> {
     let late = |_| Reason::Malformed.with("no hello came in time");
     let (kind, message) = match timeout(HELLO_TIMEOUT, reader.next()).await.map_err(late)? {
         Ok(Some(frame)) => frame,
@@ -75,6 +76,7 @@ async fn hello(server: &mut Server, reader: &mut FrameReader) -> Result<v1::Hell
     };
     let frame = ClientFrame::decode(kind, message).map_err(|bad| bad_frame(&ReadError::from(bad)))?;
     let frame = frame.ok_or_else(|| Reason::UnexpectedFrame.refusal())?;
+    core.metrics.device_frame(&frame);
     server.frame(&frame).map_err(Reason::refusal)?;
     match frame {
         ClientFrame::Hello(hello) => Ok(hello),

@@ -17,27 +17,22 @@ use crate::{
     inbox::{Purpose, Reply},
 };
 
-/// The user's own stream among those of a session; no conversation's ever gets there.
-pub(super) const USER_STREAM: u32 = u32::MAX;
-
 impl Session {
     /// Reads the list and watches its head. Both begin at once: what changes before the head is registered shows by it.
     pub(super) fn follow_user(&mut self) {
         if let Ok(shard) = self.core.shard_of(&self.who.app, self.who.user.as_str()) {
-            self.core.watch(shard, &self.who.app, &self.user_topic(), &self.inbox, USER_STREAM);
+            let topic = Topic::User(self.who.user.clone());
+            // Without a place the list is only read once: the session lives on.
+            self.streams.user = self.core.watch(shard, &self.who.app, &topic, self.place, &self.inbox);
         }
         let ask = self.streams.list.begin();
         self.ask_list(ask);
     }
 
     pub(super) fn unfollow_user(&mut self) {
-        if let Ok(shard) = self.core.shard_of(&self.who.app, self.who.user.as_str()) {
-            self.core.unwatch(shard, &self.who.app, &self.user_topic(), &self.inbox, USER_STREAM);
+        if let Some(place) = self.streams.user.take() {
+            self.core.unwatch(place, self.place, &self.inbox);
         }
-    }
-
-    fn user_topic(&self) -> Topic {
-        Topic::User(self.who.user.clone())
     }
 
     /// The head of the user's own stream was heard of.

@@ -30,10 +30,10 @@ use tokio::time::timeout;
 use crate::{
     core::{Core, Who},
     inbox::{Answer, Inbox, News, Purpose, Reply},
+    sessions::SessionPlace,
     shard::Ticket,
 };
 use calls::Calls;
-use list::USER_STREAM;
 use outgoing::Outgoing;
 use streams::Streams;
 
@@ -48,6 +48,8 @@ const LINGER: Duration = Duration::from_secs(1);
 struct Session {
     core: Arc<Core>,
     inbox: Arc<Inbox>,
+    /// Where conversations find the inbox.
+    place: SessionPlace,
     who: Who,
     admin: bool,
     server: Server,
@@ -175,6 +177,7 @@ impl Session {
     fn frame(&mut self, kind: u8, message: Bytes) -> Result<(), Refusal> {
         let frame = ClientFrame::decode(kind, message).map_err(|bad| bad_frame(&bad.into()))?;
         let Some(frame) = frame else { return Ok(()) };
+        self.core.metrics.device_frame(&frame);
         self.server.frame(&frame).map_err(Reason::refusal)?;
         match frame {
             // `Server::frame` lets a second one never through.
@@ -192,15 +195,14 @@ impl Session {
     }
 
     fn news(&mut self, news: News) {
-        news.answers.into_iter().for_each(|answer| self.answer(answer));
-        news.pushes.iter().for_each(|(stream, push)| self.live(*stream, push));
-        for (&stream, &head) in &news.heads {
-            match stream {
-                USER_STREAM => self.user_head(head.head.0),
-                stream => self.head(stream, head),
-            }
-        }
-        news.refused.into_iter().for_each(|(stream, refusal)| self.stream_refused(stream, refusal));
+        // What begins streams comes last: one that ended before it may have had the place that another begins with.
+        let (begins, answers): (Vec<_>, Vec<_>) = news.answers.into_iter().partition(|a| a.purpose.begins_streams());
+        answers.into_iter().for_each(|answer| self.answer(answer));
+        news.pushes.iter().for_each(|(place, push)| self.live(*place, push));
+        news.heads.iter().for_each(|(&place, &head)| self.head(place, head));
+        news.refused.into_iter().for_each(|(place, refusal)| self.place_refused(place, refusal));
+        begins.into_iter().for_each(|answer| self.answer(answer));
+        self.begin_again();
         if news.superseded {
             self.fatal(Reason::SessionSuperseded.refusal());
         }
@@ -227,6 +229,7 @@ impl Session {
             self.core.propose(&mut self.proposals);
         }
         if self.ending.is_none() {
+            self.rest_streams();
             self.ask_heads();
             self.grant_pulls();
         }
@@ -274,9 +277,10 @@ impl Session {
     fn leave(&mut self) {
         self.flush_cursors();
         self.settle();
+        self.inbox.close();
         self.end_streams();
         self.core.leave(&self.who, &self.inbox);
-        self.inbox.close();
+        self.core.places.leave(self.place);
     }
 
     fn ticket(&self, purpose: Purpose) -> Ticket {

@@ -95,7 +95,7 @@ impl Session {
                 continue;
             };
             let seq = Seq(cursor.seq);
-            match self.streams.delivered(&cursor.conversation) {
+            match self.delivered(&cursor.conversation) {
                 Some(upto) if seq <= upto => self.cursors.moved(kind, &conversation, seq, now_ms),
                 Some(_) => {
                     refused.push(refused_cursor(&cursor.conversation, Reason::CursorBeyondHead.refusal()));

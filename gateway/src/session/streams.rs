@@ -1,5 +1,6 @@
 //! The conversations that a session follows: beginning them (interest, heads, start), handing on what comes live,
-//! pulling what does not, and telling when a resume is done. What each stream gets is decided by its `Delivery`.
+//! pulling what does not, and telling when a resume is done. What each stream gets is decided by its `Delivery`. Must
+//! never keep more than its place of a stream that only waits for the next event: nearly all of them do.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -8,7 +9,7 @@ use std::{
 
 use hashbrown::HashMap;
 use stentor_engine::{
-    delivery::{Deliver, Delivery, Next, Step, run_of_items},
+    delivery::{Deliver, Delivery, HeadNews, Next, Step, run_of_items},
     limits,
     session::{client::credit_cost, listing::Listing},
 };
@@ -22,8 +23,8 @@ use stentor_proto::{
 
 use super::{Session, unexpected};
 use crate::{
-    fanout::{ITEM_OVERHEAD_BYTES, Topic},
-    inbox::{HeadNews, Purpose, Push, Reply},
+    fanout::{ITEM_OVERHEAD_BYTES, Place, Topic, grow},
+    inbox::{Purpose, Push, Reply},
 };
 
 /// Where a stream begins.
@@ -37,6 +38,7 @@ enum From {
 struct Stream {
     conversation: ConversationId,
     shard: ShardId,
+    place: Place,
     from: From,
     delivery: Delivery,
     /// Heads were asked for.
@@ -63,11 +65,31 @@ struct Resume {
 /// Streams that have ended and may stand in a queue for each that has not.
 const ENDED_IN_QUEUE: usize = 64;
 
+/// How a conversation is followed.
+#[derive(Debug, Clone, Copy)]
+enum Followed {
+    /// By this stream.
+    Awake(u32),
+    /// By a stream that rests.
+    Resting(Place),
+}
+
 /// All streams of a session.
 #[derive(Debug, Default)]
 pub(super) struct Streams {
+    /// Those that have something to do.
     streams: BTreeMap<u32, Stream>,
-    names: HashMap<ConversationId, u32>,
+    /// The same, by place.
+    awake: HashMap<Place, u32>,
+    /// Those that stand where the gateway stands, sorted: what they are is put together again when something comes
+    /// (`Delivery::live_at`).
+    resting: Vec<Place>,
+    /// Streams that may rest from now on.
+    tired: Vec<u32>,
+    /// Conversations whose stream ended and is to begin once more, when the news of this turn are through.
+    again: Vec<(ConversationId, From)>,
+    /// Where the user's own stream is watched.
+    pub(super) user: Option<Place>,
     /// Never given twice, so that what is on its way for an ended stream meets nobody.
     next: u32,
     /// Streams whose heads must be asked for.
@@ -88,15 +110,42 @@ impl Streams {
         self.later.front().map(|&(at, _)| at).into_iter().chain(self.list.due_ms()).min()
     }
 
-    /// How far a conversation was handed on, if it is followed. Nothing before its head is known: where the device says
-    /// that it stands is only a claim until then.
-    pub(super) fn delivered(&self, conversation: &str) -> Option<Seq> {
-        let stream = self.streams.get(self.names.get(conversation)?).filter(|stream| stream.target.is_some())?;
-        let begin = match stream.from {
-            From::After(seq) => seq,
-            From::Head => Seq(0),
-        };
-        Some(stream.delivery.delivered().max(begin))
+    fn count(&self) -> usize {
+        self.streams.len() + self.resting.len()
+    }
+
+    fn at(&self, place: Place) -> Option<Followed> {
+        let awake = self.awake.get(&place).map(|&id| Followed::Awake(id));
+        awake.or_else(|| self.resting.binary_search(&place).is_ok().then_some(Followed::Resting(place)))
+    }
+
+    fn insert(&mut self, stream: Stream) -> u32 {
+        let id = self.next;
+        self.next += 1;
+        self.awake.insert(stream.place, id);
+        self.streams.insert(id, stream);
+        id
+    }
+
+    fn take(&mut self, id: u32) -> Option<Stream> {
+        let stream = self.streams.remove(&id)?;
+        self.awake.remove(&stream.place);
+        if self.awake.is_empty() {
+            // A session whose streams all rest holds nothing for those that did not.
+            self.awake = HashMap::new();
+        }
+        Some(stream)
+    }
+
+    fn rest(&mut self, place: Place) {
+        if let Err(at) = self.resting.binary_search(&place) {
+            grow(&mut self.resting);
+            self.resting.insert(at, place);
+        }
+    }
+
+    fn wake(&mut self, place: Place) -> bool {
+        self.resting.binary_search(&place).map(|at| self.resting.remove(at)).is_ok()
     }
 
     fn push_hungry(&mut self, id: u32) {
@@ -136,19 +185,37 @@ impl Session {
 
     pub(super) fn subscribe(&mut self, subscribe: &v1::Subscribe) {
         let from = if subscribe.from_head { From::Head } else { From::After(Seq(subscribe.after_seq)) };
-        if let Some(&id) = self.streams.names.get(subscribe.conversation.as_str()) {
-            self.remove(id);
-            // A resume may have waited for just this one.
-            self.check_up_to_date();
-        }
+        self.unsubscribe(&subscribe.conversation);
         self.begin(&subscribe.conversation, from, false, (0, 0));
     }
 
     pub(super) fn unsubscribe(&mut self, conversation: &str) {
-        if let Some(&id) = self.streams.names.get(conversation) {
-            self.remove(id);
-            self.check_up_to_date();
+        match self.followed(conversation) {
+            Some(Followed::Awake(id)) => self.remove(id),
+            Some(Followed::Resting(place)) => self.remove_resting(place),
+            None => return,
         }
+        // A resume may have waited for just this one.
+        self.check_up_to_date();
+    }
+
+    fn followed(&self, conversation: &str) -> Option<Followed> {
+        self.streams.at(self.core.find(&self.who.app, conversation)?)
+    }
+
+    /// How far a conversation was handed on, if it is followed. Nothing before its head is known: where the device says
+    /// that it stands is only a claim until then.
+    pub(super) fn delivered(&self, conversation: &str) -> Option<Seq> {
+        let id = match self.followed(conversation)? {
+            Followed::Awake(id) => id,
+            Followed::Resting(place) => return self.core.rests_at(place, &self.inbox),
+        };
+        let stream = self.streams.streams.get(&id).filter(|stream| stream.target.is_some())?;
+        let begin = match stream.from {
+            From::After(seq) => seq,
+            From::Head => Seq(0),
+        };
+        Some(stream.delivery.delivered().max(begin))
     }
 
     fn begin(&mut self, conversation: &str, from: From, resuming: bool, kept: (u64, u64)) {
@@ -156,28 +223,29 @@ impl Session {
         let Ok(id) = ConversationId::new(conversation) else {
             return refuse(self, Reason::BadId.refusal());
         };
-        if self.streams.names.contains_key(conversation) {
+        if self.followed(conversation).is_some() {
             return;
         }
-        if self.streams.streams.len() >= limits::SESSION_SUBSCRIPTIONS {
+        if self.streams.count() >= limits::SESSION_SUBSCRIPTIONS {
             return refuse(self, Reason::TooManySubscriptions.refusal());
         }
         let shard = match self.core.shard_of(&self.who.app, conversation) {
             Ok(shard) => shard,
             Err(reason) => return refuse(self, reason.refusal()),
         };
-        let stream = self.streams.next;
-        self.streams.next += 1;
-        self.streams.names.insert(id.clone(), stream);
+        let topic = Topic::Conversation(id.clone());
+        let Some(place) = self.core.watch(shard, &self.who.app, &topic, self.place, &self.inbox) else {
+            return refuse(self, Reason::Overloaded.refusal());
+        };
         self.core.metrics.subscriptions.inc();
         if let Some(resume) = self.streams.resume.as_mut().filter(|_| resuming) {
             resume.conversations += 1;
             resume.pending += 1;
         }
-        self.core.watch(shard, &self.who.app, &Topic::Conversation(id.clone()), &self.inbox, stream);
-        let place = Stream {
+        self.streams.insert(Stream {
             conversation: id,
             shard,
+            place,
             from,
             delivery: Delivery::new(),
             asked: false,
@@ -185,45 +253,110 @@ impl Session {
             target: None,
             kept,
             added: Seq(0),
-        };
-        self.streams.streams.insert(stream, place);
+        });
     }
 
     /// The user's list has this conversation: its stream begins, unless there is one.
     pub(super) fn follow(&mut self, listed: &internal::UserConversationState, resuming: bool) {
-        let known = self.streams.names.get(listed.conversation.as_str());
-        match known.and_then(|id| self.streams.streams.get_mut(id)) {
-            Some(stream) => stream.added = stream.added.max(Seq(listed.seq)),
+        let added = Seq(listed.seq);
+        let id = match self.followed(&listed.conversation) {
+            Some(Followed::Awake(id)) => id,
+            Some(Followed::Resting(place)) => match self.core.rests_at(place, &self.inbox) {
+                Some(at) if at < added => match self.wake(place, at) {
+                    Some(id) => id,
+                    None => return,
+                },
+                // It has come by that event already.
+                _ => return,
+            },
             None => {
                 let kept = (listed.delivered, listed.read);
-                self.begin(&listed.conversation, From::After(Seq(listed.delivered)), resuming, kept);
+                return self.begin(&listed.conversation, From::After(Seq(listed.delivered)), resuming, kept);
             }
+        };
+        if let Some(stream) = self.streams.streams.get_mut(&id) {
+            stream.added = stream.added.max(added);
         }
     }
 
     /// Forgets a stream without a word to the device.
     fn remove(&mut self, id: u32) {
-        let Some(stream) = self.streams.streams.remove(&id) else { return };
-        self.streams.names.remove(&stream.conversation);
+        let Some(stream) = self.streams.take(id) else { return };
         if let Some(ids) = self.streams.to_ask.get_mut(&stream.shard) {
             ids.remove(&id);
         }
-        let topic = Topic::Conversation(stream.conversation);
-        self.core.unwatch(stream.shard, &self.who.app, &topic, &self.inbox, id);
-        self.core.metrics.subscriptions.dec();
+        self.unwatch(stream.place);
         if let Some(resume) = self.streams.resume.as_mut().filter(|_| stream.resuming) {
             resume.pending -= 1;
         }
+    }
+
+    fn remove_resting(&mut self, place: Place) {
+        if self.streams.wake(place) {
+            self.unwatch(place);
+        }
+    }
+
+    fn unwatch(&self, place: Place) {
+        self.core.unwatch(place, self.place, &self.inbox);
+        self.core.metrics.subscriptions.dec();
     }
 
     pub(super) fn end_streams(&mut self) {
         let ids: Vec<u32> = self.streams.streams.keys().copied().collect();
         ids.into_iter().for_each(|id| self.remove(id));
         self.unfollow_user();
+        std::mem::take(&mut self.streams.resting).into_iter().for_each(|place| self.unwatch(place));
+    }
+
+    /// Streams that have nothing to do any more lie down.
+    pub(super) fn rest_streams(&mut self) {
+        let tired = std::mem::take(&mut self.streams.tired);
+        // Most of a session's streams lie down together, at the end of its resume.
+        self.streams.resting.reserve_exact(tired.len().min(self.streams.streams.len()));
+        for id in tired {
+            let Some(stream) = self.streams.streams.get(&id).filter(|stream| !stream.resuming) else { continue };
+            let (place, Some(at)) = (stream.place, stream.delivery.rests_at()) else { continue };
+            // Otherwise news of it is on its way, and it gets another chance with that.
+            if stream.added <= at && self.core.may_rest(place, at, &self.inbox) {
+                self.streams.take(id);
+                self.streams.rest(place);
+            }
+        }
+    }
+
+    /// Something came for a stream that rests at `at` and that has to be done with care.
+    fn wake(&mut self, place: Place, at: Seq) -> Option<u32> {
+        let (shard, conversation) = self.core.watched(place)?;
+        self.streams.wake(place);
+        Some(self.streams.insert(Stream {
+            conversation,
+            shard,
+            place,
+            from: From::After(at),
+            delivery: Delivery::live_at(at),
+            asked: true,
+            resuming: false,
+            target: Some(at),
+            kept: (0, 0),
+            added: Seq(0),
+        }))
+    }
+
+    /// A conversation's interest was refused for good.
+    pub(super) fn place_refused(&mut self, place: Place, refusal: Refusal) {
+        let id = match self.streams.at(place) {
+            Some(Followed::Awake(id)) => Some(id),
+            Some(Followed::Resting(place)) => self.wake(place, Seq(0)),
+            None => None,
+        };
+        if let Some(id) = id {
+            self.stream_refused(id, refusal);
+        }
     }
 
     /// Ends a stream and tells the device why.
-    pub(super) fn stream_refused(&mut self, id: u32, refusal: Refusal) {
+    fn stream_refused(&mut self, id: u32, refusal: Refusal) {
         let Some(stream) = self.streams.streams.get(&id) else { return };
         let (conversation, delivered) = (stream.conversation.clone(), stream.delivery.delivered());
         let from = if stream.target.is_some() { From::After(delivered) } else { stream.from };
@@ -231,14 +364,32 @@ impl Session {
         self.out.push(refused_state(conversation.as_str(), refusal));
         self.remove(id);
         if again {
-            self.begin(conversation.as_str(), from, false, (0, 0));
+            self.streams.again.push((conversation, from));
         }
         self.check_up_to_date();
     }
 
+    /// Streams that ended with a removal before a later addition begin again.
+    pub(super) fn begin_again(&mut self) {
+        for (conversation, from) in std::mem::take(&mut self.streams.again) {
+            self.begin(conversation.as_str(), from, false, (0, 0));
+        }
+    }
+
     /// A head was heard of. The first registration of a stream is followed by the question for its heads: asked later
     /// than the registration, its answer knows of every removal of the reader that is not still to come as an event.
-    pub(super) fn head(&mut self, id: u32, news: HeadNews) {
+    pub(super) fn head(&mut self, place: Place, news: HeadNews) {
+        if self.streams.user == Some(place) {
+            return self.user_head(news.head.0);
+        }
+        let id = match self.streams.at(place) {
+            Some(Followed::Awake(id)) => id,
+            Some(Followed::Resting(_)) if news.holds_back() => match self.wake(place, news.before) {
+                Some(id) => id,
+                None => return,
+            },
+            _ => return,
+        };
         let Some(stream) = self.streams.streams.get_mut(&id) else { return };
         if news.registered && !stream.asked {
             stream.asked = true;
@@ -330,23 +481,33 @@ impl Session {
     }
 
     /// A live push.
-    pub(super) fn live(&mut self, id: u32, push: &Arc<Push>) {
-        let room = self.room_bytes();
-        let Some(stream) = self.streams.streams.get_mut(&id) else { return };
-        let fits = push.frame.len() <= room || self.out.bytes() == 0;
+    pub(super) fn live(&mut self, place: Place, push: &Arc<Push>) {
+        let fits = push.frame.len() <= self.room_bytes() || self.out.bytes() == 0;
+        let has_room = fits && self.credit.left() > 0;
         let run = push.run.for_user(self.who.user.as_str());
+        let id = match self.streams.at(place) {
+            Some(Followed::Awake(id)) => id,
+            Some(Followed::Resting(_)) => {
+                let step = Delivery::live_at(push.before).live(run, has_room);
+                if step.next == Next::Wait {
+                    return if step.deliver == Deliver::All {
+                        self.hand_on(push)
+                    };
+                }
+                let Some(id) = self.wake(place, push.before) else { return };
+                id
+            }
+            None => return,
+        };
+        let Some(stream) = self.streams.streams.get_mut(&id) else { return };
         let was_live = stream.delivery.is_live();
-        let step = stream.delivery.live(run, fits && self.credit.left() > 0);
+        let step = stream.delivery.live(run, has_room);
         if was_live && step.deliver == Deliver::Nothing && step.next == Next::Hungry {
             self.core.metrics.dropped_pushes.inc();
         }
         match step.deliver {
             Deliver::Nothing => {}
-            Deliver::All => {
-                self.out.push_shared(push.frame.clone());
-                self.credit.spend(push.credit_bytes);
-                self.core.metrics.delivered_events.inc_by(run.last.0 - run.first.0 + 1);
-            }
+            Deliver::All => self.hand_on(push),
             Deliver::UpTo(last) => {
                 let count = (last.0 + 1).saturating_sub(run.first.0) as usize;
                 let records = push.records.iter().take(count);
@@ -357,6 +518,12 @@ impl Session {
             }
         }
         self.carry_out(id, step, None);
+    }
+
+    fn hand_on(&mut self, push: &Push) {
+        self.out.push_shared(push.frame.clone());
+        self.credit.spend(push.credit_bytes);
+        self.core.metrics.delivered_events.inc_by(push.run.last.0 - push.run.first.0 + 1);
     }
 
     /// What may still be queued, pages under way counted as if they were there.
@@ -448,6 +615,10 @@ impl Session {
             Next::Stop(reason) => return self.stream_refused(id, reason.refusal()),
         }
         self.check_target(id);
+        let stream = self.streams.streams.get(&id);
+        if stream.is_some_and(|stream| !stream.resuming && stream.delivery.is_live()) {
+            self.streams.tired.push(id);
+        }
     }
 
     /// Queues items in as many frames as they need.
