@@ -7,11 +7,12 @@ use std::{
 };
 
 use stentor_engine::{limits, session::client::Config};
+use stentor_proto::ids::ConversationId;
 use stentor_transport::{Host, tls::ClientTls};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::{
-    Client, ClientError, CursorStore, MemoryCursors,
+    Client, ClientError, CursorStore, From, MemoryCursors,
     dial::Dialer,
     driver::Driver,
     shared::{Command, Shared},
@@ -29,6 +30,7 @@ pub struct Builder {
     tls: Option<ClientTls>,
     token: String,
     cursors: Arc<dyn CursorStore>,
+    streams: Vec<(ConversationId, From)>,
     window: usize,
     connect_timeout: Duration,
     request_timeout: Duration,
@@ -55,6 +57,7 @@ impl Builder {
             tls: None,
             token: String::new(),
             cursors: Arc::new(MemoryCursors::new()),
+            streams: Vec::new(),
             window: 256,
             connect_timeout: Duration::from_secs(30),
             request_timeout: Duration::from_secs(15),
@@ -104,6 +107,14 @@ impl Builder {
     #[must_use]
     pub fn cursors(mut self, cursors: impl CursorStore) -> Self {
         self.cursors = Arc::new(cursors);
+        self
+    }
+
+    /// Begins a conversation's stream with the connection: all of them ride in its one resume frame, where
+    /// [`Client::subscribe`] sends a frame for each. The session refuses more than it can hold when it connects.
+    #[must_use]
+    pub fn subscribe(mut self, conversation: &ConversationId, from: From) -> Self {
+        self.streams.push((conversation.clone(), from));
         self
     }
 
@@ -165,7 +176,11 @@ impl Builder {
         let (commands, receiver) = mpsc::channel::<Command>(COMMANDS);
         let (first, welcomed) = oneshot::channel();
         let dialer = Dialer::new(self.gateways, tls, self.host);
-        let driver = Driver::new(self.config, dialer, self.token, self.cursors, Arc::clone(&shared), receiver, first);
+        let mut driver =
+            Driver::new(self.config, dialer, self.token, self.cursors, Arc::clone(&shared), receiver, first);
+        for (conversation, from) in &self.streams {
+            driver.subscribe(conversation, *from)?;
+        }
         let task = tokio::spawn(driver.run());
         let outcome = tokio::time::timeout(self.connect_timeout, welcomed).await;
         match outcome {

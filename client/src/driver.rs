@@ -8,7 +8,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
 use stentor_engine::{
     limits,
-    session::client::{Config, Output, Session, Start, Step},
+    session::client::{Config, Full, Output, Session, Start, Step},
 };
 use stentor_proto::{
     frame,
@@ -288,12 +288,7 @@ impl Driver {
                 }
             }
             Some(Command::Subscribe { conversation, from, reply }) => {
-                let start = match from {
-                    From::Cursor => Start::After(self.store.delivered(&conversation).unwrap_or_default()),
-                    From::Seq(seq) => Start::After(seq),
-                    From::Head => Start::Head,
-                };
-                let _ = reply.send(self.session.subscribe(&conversation, start));
+                let _ = reply.send(self.subscribe(&conversation, from));
             }
             Some(Command::Unsubscribe { conversation }) => self.session.unsubscribe(&conversation),
             Some(Command::Request { call, reply }) => {
@@ -310,6 +305,16 @@ impl Driver {
                 self.gather_at = Some(Instant::now());
             }
         }
+    }
+
+    /// Begins a stream, now or with the next connection.
+    pub(crate) fn subscribe(&mut self, conversation: &ConversationId, from: From) -> Result<(), Full> {
+        let start = match from {
+            From::Cursor => Start::After(self.store.delivered(conversation).unwrap_or_default()),
+            From::Seq(seq) => Start::After(seq),
+            From::Head => Start::Head,
+        };
+        self.session.subscribe(conversation, start)
     }
 
     /// Cursor moves and the store: what is due now.

@@ -132,7 +132,7 @@ impl Create {
 pub struct Created {
     /// Its id.
     pub conversation: ConversationId,
-    /// The seq of its last event from the creation.
+    /// The seq of the event of its creation; those of its first participants follow.
     pub seq: Seq,
     /// It was there by an earlier attempt.
     pub repeat: bool,

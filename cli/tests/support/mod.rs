@@ -3,6 +3,9 @@
 
 #![allow(dead_code, reason = "every test program uses its own part")]
 
+pub(crate) mod device;
+pub(crate) mod processes;
+
 use std::{
     io::Write,
     path::Path,
@@ -14,7 +17,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// Generous: the machines that run this are small and busy.
-const DEADLINE: Duration = Duration::from_secs(120);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
 
 /// The binary with arguments, without anything from the caller's environment that could steer it.
 pub(crate) fn stentor(args: &[&str]) -> Command {
