@@ -15,4 +15,5 @@
 pub mod cluster;
 pub mod invariants;
 pub mod oracle;
+pub mod sim;
 pub mod workload;

@@ -7,6 +7,9 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use twox_hash::XxHash3_64;
 
+/// So much of a note's bytes stands in its line.
+const LINE_BYTES: usize = 2_048;
+
 /// A running hash over everything that is noted; clones share it.
 #[derive(Debug, Clone)]
 pub struct Trace(Arc<Mutex<State>>);
@@ -40,7 +43,8 @@ impl Trace {
         state.hash = XxHash3_64::oneshot_with_seed(state.hash, &head);
         state.notes += 1;
         if let Some(lines) = &mut state.lines {
-            lines.push(format!("{at_us} {what} {numbers:?} {} bytes {content:016x}", bytes.len()));
+            let text = bytes[..bytes.len().min(LINE_BYTES)].escape_ascii();
+            lines.push(format!("{at_us} {what} {numbers:?} {} bytes {content:016x} {text}", bytes.len()));
         }
     }
 

@@ -1,0 +1,58 @@
+//! What the replicas of a simulated cluster apply, compared with each other entry by entry. Must never take one replica's
+//! word for what another one did.
+
+use std::collections::BTreeMap;
+
+use parking_lot::Mutex;
+use stentor_engine::effect::Applied;
+use stentor_proto::ids::ShardId;
+use stentor_raft_store::{ApplyHook, types::RaftLogId};
+use stentor_transport::memory::Trace;
+use twox_hash::XxHash3_64;
+
+/// Disagreements that are told; more would say the same.
+const TOLD: usize = 10;
+
+/// An entry's term and a hash of what came of it.
+type Result = (u64, u64);
+
+/// Watches all replicas of all brokers.
+pub(super) struct Agreement {
+    trace: Trace,
+    known: Mutex<Known>,
+}
+
+#[derive(Default)]
+struct Known {
+    results: BTreeMap<(ShardId, u64), Result>,
+    problems: Vec<String>,
+}
+
+impl Agreement {
+    pub(super) fn new(trace: Trace) -> Self {
+        Self { trace, known: Mutex::default() }
+    }
+
+    /// How many entries were applied somewhere.
+    pub(super) fn entries(&self) -> usize {
+        self.known.lock().results.len()
+    }
+
+    pub(super) fn problems(&self) -> Vec<String> {
+        self.known.lock().problems.clone()
+    }
+}
+
+impl ApplyHook for Agreement {
+    fn applied(&self, shard: ShardId, log_id: RaftLogId, applied: &mut Applied) {
+        let text = format!("{:?} {:?}", applied.outcomes, applied.effects);
+        let result = (log_id.leader_id.term, XxHash3_64::oneshot(text.as_bytes()));
+        self.trace.note("applied", &[shard.0.into(), log_id.index, result.0, result.1], &[]);
+        let mut known = self.known.lock();
+        let first = *known.results.entry((shard, log_id.index)).or_insert(result);
+        if first != result && known.problems.len() < TOLD {
+            let index = log_id.index;
+            known.problems.push(format!("agreement: entry {index} of shard {shard} is {first:?} and {result:?}"));
+        }
+    }
+}
