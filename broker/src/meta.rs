@@ -98,7 +98,7 @@ pub(crate) enum MetaError {
     Placement(#[from] placement::BadPlacement),
 }
 
-async fn load(reader: &ShardReader) -> Result<Option<MetaView>, MetaError> {
+async fn load(reader: &ShardReader, development: bool) -> Result<Option<MetaView>, MetaError> {
     let entity = Entity::meta();
     let (mut cluster, mut placement, mut brokers, mut apps) = (None, None, Vec::new(), Vec::new());
     let mut after: Option<RowKey> = None;
@@ -125,7 +125,7 @@ async fn load(reader: &ShardReader) -> Result<Option<MetaView>, MetaError> {
         slots: SlotMap::from_row(&placement)?,
         placement,
         brokers,
-        keys: Keys::new(apps.clone()),
+        keys: Keys::new(apps.clone(), development),
         apps,
     }))
 }
@@ -147,7 +147,7 @@ fn app_info(key: &RowKey, keys: Vec<SigningKey>) -> Option<AppInfo> {
 pub(crate) async fn follow(node: Arc<Node>, reader: ShardReader, own: ReplicaId) {
     loop {
         let changed = node.hook.meta_changed();
-        match load(&reader).await {
+        match load(&reader, node.config.development).await {
             Ok(Some(view)) => {
                 node.meta.publish(view);
                 if let Some(view) = node.meta.view()
@@ -189,7 +189,7 @@ pub(crate) async fn found(node: Arc<Node>, meta: Arc<HostedShard>, bootstrap: Bo
         }
         if leadership.borrow_and_update().ready {
             // The first entry of this term is applied: no rows here means that nobody has written any.
-            match load(&meta.reader).await {
+            match load(&meta.reader, node.config.development).await {
                 Ok(None) => {
                     if let Err(what) = write_rows(&node, &meta, &bootstrap).await {
                         tracing::info!(what, "the cluster is not founded yet");

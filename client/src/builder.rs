@@ -16,6 +16,7 @@ use crate::{
     dial::Dialer,
     driver::Driver,
     shared::{Command, Shared},
+    token::TokenSource,
 };
 
 /// Commands that wait for the client's task: enough to fill a write, few enough to cost an idle client little.
@@ -28,7 +29,7 @@ pub struct Builder {
     gateways: Vec<String>,
     ca: Option<PathBuf>,
     tls: Option<ClientTls>,
-    token: String,
+    token: TokenSource,
     cursors: Arc<dyn CursorStore>,
     streams: Vec<(ConversationId, From)>,
     window: usize,
@@ -55,7 +56,7 @@ impl Builder {
             gateways: Vec::new(),
             ca: None,
             tls: None,
-            token: String::new(),
+            token: TokenSource::Fixed("".into()),
             cursors: Arc::new(MemoryCursors::new()),
             streams: Vec::new(),
             window: 256,
@@ -92,7 +93,19 @@ impl Builder {
     /// The JWT that names app, user and device.
     #[must_use]
     pub fn token(mut self, token: impl Into<String>) -> Self {
-        self.token = token.into();
+        self.token = TokenSource::Fixed(token.into().into());
+        self
+    }
+
+    /// Who is asked for a token before each connection, for a session that outlives its tokens: when one has expired the
+    /// gateway ends the connection, and the client comes back with the next. An error counts as a failed attempt.
+    #[must_use]
+    pub fn token_source<F, T>(mut self, source: F) -> Self
+    where
+        F: Fn() -> T + Send + Sync + 'static,
+        T: Future<Output = Result<String, String>> + Send + 'static,
+    {
+        self.token = TokenSource::asked(source);
         self
     }
 

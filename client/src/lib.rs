@@ -38,6 +38,7 @@ mod error;
 mod message;
 mod requests;
 mod shared;
+mod token;
 
 pub use builder::Builder;
 pub use client::{Client, SendHandle};

@@ -15,6 +15,7 @@ pub mod key;
 pub mod limits;
 pub mod meta;
 pub mod placement;
+pub mod rate;
 pub mod route;
 pub mod rows;
 pub mod session;

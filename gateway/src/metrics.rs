@@ -55,6 +55,8 @@ metrics! {
     sends: Counter;
     /// Sends that were refused
     refused_sends: Counter;
+    /// Sends, calls and sessions that were refused because they came too fast
+    rate_limited: Counter;
     /// Calls that devices made
     calls: Counter;
     /// Times that a shard's leader was looked for elsewhere

@@ -106,6 +106,7 @@ impl Cluster {
             http_listen: "127.0.0.1:0".parse().unwrap(),
             peers: peers.clone(),
             tls: pki.issue(&peer.name, &dir.path().join("tls")).unwrap(),
+            development: true,
             bootstrap: Some(bootstrap.clone()),
             store: StoreTuning { checkpoint_interval_ms: 500, ..StoreTuning::default() },
         });

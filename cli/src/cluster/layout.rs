@@ -163,6 +163,7 @@ fn broker_config(
         http_listen: address(node.http)?,
         peers: peers.collect::<Result<_, Failure>>()?,
         tls: pki.issue(&node.name, &dir.join("pki")).map_err(Failure::failed)?,
+        development: true,
         bootstrap: Some(bootstrap.clone()),
         store: StoreTuning { cache_bytes: CACHE_BYTES_PER_BROKER, ..StoreTuning::default() },
     })
@@ -177,6 +178,7 @@ fn gateway_config(dir: &Path, pki: &Pki, file: &ClusterFile, node: &Node) -> Res
         http_listen: address(node.http)?,
         brokers: brokers.collect::<Result<_, Failure>>()?,
         tls: pki.issue(&node.name, &dir.join("pki")).map_err(Failure::failed)?,
+        development: true,
         limits: GatewayLimits { drain_ms: DRAIN_MS, ..GatewayLimits::default() },
     })
 }

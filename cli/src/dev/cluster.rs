@@ -170,6 +170,7 @@ fn broker_config(
         http_listen: own.http,
         peers: ports.iter().enumerate().map(peer).collect(),
         tls: pki.issue(&name, &dir.join("pki")).map_err(Failure::failed)?,
+        development: true,
         bootstrap: Some(bootstrap),
         store: StoreTuning { cache_bytes: CACHE_BYTES_PER_BROKER, ..StoreTuning::default() },
         name,
@@ -194,6 +195,7 @@ fn gateway_config(
         http_listen: http,
         brokers: ports.iter().enumerate().map(broker).collect(),
         tls: pki.issue("gateway-1", &dir.join("pki")).map_err(Failure::failed)?,
+        development: true,
         // A development cluster ends with Ctrl-C; nobody waits for devices to find another gateway.
         limits: GatewayLimits { drain_ms: 0, ..GatewayLimits::default() },
     })

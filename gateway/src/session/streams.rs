@@ -186,7 +186,10 @@ impl Session {
     pub(super) fn subscribe(&mut self, subscribe: &v1::Subscribe) {
         let from = if subscribe.from_head { From::Head } else { From::After(Seq(subscribe.after_seq)) };
         self.unsubscribe(&subscribe.conversation);
-        self.begin(&subscribe.conversation, from, false, (0, 0));
+        match self.may_call() {
+            Ok(()) => self.begin(&subscribe.conversation, from, false, (0, 0)),
+            Err(reason) => self.out.push(refused_state(&subscribe.conversation, reason.refusal())),
+        }
     }
 
     pub(super) fn unsubscribe(&mut self, conversation: &str) {
