@@ -140,6 +140,14 @@ impl Builder {
         self
     }
 
+    /// How long a silent connection may be idle before it is pinged, at least 1 s; 30 s unless told. A gateway that
+    /// does not answer is given up 10 s later. Shorter is for programs that show the connection to somebody.
+    #[must_use]
+    pub fn ping_idle(mut self, idle: Duration) -> Self {
+        self.config.ping_idle_ms = (idle.as_millis() as u64).max(1_000);
+        self
+    }
+
     /// How long [`Builder::connect`] tries; 30 s unless told. Later reconnects are tried for ever.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {

@@ -112,7 +112,7 @@ impl Driver {
             let Some(mut link) = self.offline().await else { break None };
             let since = Instant::now();
             let end = self.online(&mut link).await;
-            self.shared.set_connected(false);
+            self.shared.disconnected();
             self.session.disconnected();
             match end {
                 End::Closed => {
@@ -156,7 +156,9 @@ impl Driver {
     async fn offline(&mut self) -> Option<Link> {
         loop {
             // Boxed: an idle client should not carry a handshake's state.
-            let mut attempt = Box::pin(self.dialer.attempt());
+            let (begins_at, attempt) = self.dialer.attempt();
+            self.shared.retry_at(begins_at);
+            let mut attempt = Box::pin(attempt);
             let dialed = loop {
                 let due = self.due().unwrap_or_else(|| Instant::now() + Duration::from_secs(3_600));
                 tokio::select! {
@@ -452,7 +454,7 @@ impl Driver {
                 return Some(End::Closed);
             }
         }
-        self.shared.set_connected(true);
+        self.shared.connected(&welcome.gateway);
         self.shared.deliver(&mut self.batch);
         None
     }

@@ -31,6 +31,7 @@
 
 mod builder;
 mod client;
+mod connection;
 mod cursors;
 mod dial;
 mod driver;
@@ -41,6 +42,7 @@ mod shared;
 
 pub use builder::Builder;
 pub use client::{Client, SendHandle};
+pub use connection::Connection;
 pub use cursors::{Change, CursorStore, FileCursors, Identity, MemoryCursors, StoreError};
 pub use error::ClientError;
 pub use message::{Event, From, Hidden, Incoming, Message, Sent, Text};
