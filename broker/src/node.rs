@@ -130,12 +130,12 @@ impl Node {
 
     /// The broker cannot go on: it says why, loudly, and stops taking part.
     pub(crate) fn fail(&self, what: &str) {
-        tracing::error!(broker = %self.broker, what, "this broker stops");
         self.failed.send_if_modified(|failed| {
             let first = failed.is_none();
             failed.get_or_insert_with(|| what.to_owned());
             first
         });
         self.stop.cancel();
+        tracing::error!(broker = %self.broker, what, "this broker stops");
     }
 }

@@ -217,14 +217,15 @@ impl WalThread {
 
 /// Publishes the first failure, loudly.
 pub(crate) fn fail(failed: &watch::Sender<Option<Failure>>, failure: &Failure) {
-    failed.send_if_modified(|now| {
+    let first = failed.send_if_modified(|now| {
         let first = now.is_none();
-        if first {
-            tracing::error!(%failure, "the store has failed; this broker must stop");
-            *now = Some(failure.clone());
-        }
+        now.get_or_insert_with(|| failure.clone());
         first
     });
+    // Afterwards: the log may be on the same full disk, and whatever comes of that, the broker must stop.
+    if first {
+        tracing::error!(%failure, "the store has failed; this broker must stop");
+    }
 }
 
 impl Queued {
