@@ -140,6 +140,9 @@ pub const SUPERSEDED_NONCES: usize = 16;
 pub const MAX_SHARDS: u32 = 4_096;
 /// Replicas of a shard, those that a move adds included.
 pub const MAX_REPLICAS: usize = 7;
+/// Entries that a learner may lack when it becomes a voter: a few times what is under way to a follower that keeps up
+/// ([`BUNDLES_IN_FLIGHT`]), so that constant writing cannot keep it out.
+pub const PROMOTE_LAG_ENTRIES: u64 = 64;
 /// Signing keys of an app: a rotation needs two.
 pub const MAX_SIGNING_KEYS: usize = 16;
 /// Bytes of a public key in PEM.

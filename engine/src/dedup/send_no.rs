@@ -70,7 +70,7 @@ impl Numbered {
         match *outcome {
             Outcome::Accepted { seq, stamp, .. } => (result.seq, result.stamp_ms) = (seq.0, stamp.0),
             Outcome::Refused { reason, .. } => result.reason = reason as u32,
-            Outcome::SessionOpened { .. } | Outcome::Done => {}
+            Outcome::SessionOpened { .. } | Outcome::Joined { .. } | Outcome::Done => {}
         }
         if !self.exists {
             let (last, done_no, session_no) = (send.send_no, send.done_no, send.session_no);
