@@ -38,7 +38,7 @@ pub(crate) async fn take_part(node: Arc<Node>) {
     let own = ReplicaId { broker: identity.broker, incarnation: identity.incarnation };
     let hosted = match host::open(&node, META_SHARD, META_SLOTS, own).await {
         Ok(hosted) => hosted,
-        Err(error) => return node.fail(&format!("cannot open the meta shard: {error}")),
+        Err(error) => return node.fail(&error.to_string()),
     };
     let following = meta::follow(node.clone(), hosted.reader.clone(), own);
     let founding = async {

@@ -187,7 +187,7 @@ pub(crate) async fn follow(node: Arc<Node>, reader: ShardReader, own: ReplicaId)
                     if node.stop.is_cancelled() {
                         return;
                     }
-                    return node.fail(&format!("cannot open a replica: {error}"));
+                    return node.fail(&error.to_string());
                 }
             }
             Ok(None) => {}

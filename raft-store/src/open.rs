@@ -25,6 +25,7 @@ use crate::{
     loader::Loader,
     logkey,
     memory::MemoryDisk,
+    quarantine::{self, Quarantine},
     store::{ApplyHook, Identity, OpenError, Opened, Parts, Store, StoreConfig},
     synced::SyncedFile,
     wal::Wal,
@@ -57,6 +58,9 @@ fn open_on(disk: Disk, config: StoreConfig, on_applied: Arc<dyn ApplyHook>) -> R
     let corrupt = |what: String| OpenError::Corrupt { dir: dir.clone(), what };
     disk.create_dir_all(&dir).map_err(io_error)?;
     let lock = disk.lock(&dir)?;
+    if let Some(what) = quarantine::noted(&disk, &dir).map_err(io_error)? {
+        return Err(corrupt(what));
+    }
     let (identity, new) = match identity::read(&disk, &dir).map_err(io_error)? {
         Found::New => (None, true),
         Found::Known(identity) => (identity, false),
@@ -106,10 +110,12 @@ fn start(
     let failed = watch::Sender::new(None);
     let epoch = Instant::now();
     let exec = disk.exec();
-    let (wal, wal_worker) = Wal::start(exec, log_db.clone(), side, position, failed.clone())?;
+    let quarantine = Arc::new(Quarantine::new(&disk, &config.dir, &failed));
+    let (wal, wal_worker) = Wal::start(exec, log_db.clone(), side, position, (failed.clone(), quarantine.clone()))?;
     // Many shards' checkpoints share a flush; a tenth of the interval keeps them durable in time.
     let delay = (config.checkpoint_interval / 10).min(Duration::from_secs(1));
-    let (checkpoints, [checkpoint_worker, flush_worker]) = Checkpoints::start(exec, &state_db, &failed, delay)?;
+    let (checkpoints, [checkpoint_worker, flush_worker]) =
+        Checkpoints::start(exec, &state_db, (&failed, &quarantine), delay)?;
     let (apply, apply_rx) = mpsc::channel(limits::APPLY_QUEUE_JOBS);
     let (loader, load_worker) = Loader::start(exec, state_db.clone(), apply.downgrade())?;
     let apply_stats = Arc::new(ApplyStats::default());

@@ -21,7 +21,7 @@ use crate::{
     db::{Iter, KeyRange},
     disk::{Disk, DiskFile},
     exec::Exec,
-    reader::ReadError,
+    reader::{ReadError, io_error},
     shard::{self, ShardCore},
     store::{Parts as StoreParts, StoreError},
     types::SnapshotMeta,
@@ -70,7 +70,7 @@ impl SnapshotRows {
         let (head, head_rx) = oneshot::channel();
         let (begin, begin_rx) = oneshot::channel();
         let (chunks, chunks_rx) = mpsc::channel(2);
-        let (db, shard, slots) = (parts.state_db.clone(), core.shard, core.slots.clone());
+        let (db, log, shard, slots) = (parts.state_db.clone(), core.log.clone(), core.shard, core.slots.clone());
         // Nobody waits for it: it ends with whoever holds the other end.
         let _worker = parts.disk.exec().spawn("snapshot", async move {
             let snapshot = db.snapshot();
@@ -88,6 +88,9 @@ impl SnapshotRows {
             let (from, end) = shard::key_range(&slots);
             let iter = snapshot.iter(KeyRange::new(from, end).once());
             if let Err(error) = send_rows(iter, &chunks).await {
+                if let ReadError::Damaged(what) = &error {
+                    log.condemn(what);
+                }
                 // Whoever received may be gone.
                 let _ = chunks.send(Err(error)).await;
             }
@@ -149,7 +152,7 @@ async fn send_rows(mut iter: Iter<'_>, chunks: &Chunks) -> Result<(), ReadError>
         }
         iter.next();
     }
-    iter.status().map_err(|e| ReadError::Io(e.to_string()))?;
+    iter.status().map_err(io_error)?;
     send_chunk(chunks, &mut rows, row_count, true).await
 }
 

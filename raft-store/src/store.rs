@@ -91,6 +91,9 @@ pub struct Identity {
     pub incarnation: Incarnation,
 }
 
+/// What to do with a damaged directory, for people.
+pub const REBUILD: &str = "delete the directory and start again: it joins empty, and gets its replicas from the others";
+
 /// Why a directory cannot be opened. Nothing in it was changed.
 #[derive(Debug, Error)]
 pub enum OpenError {
@@ -109,7 +112,7 @@ pub enum OpenError {
     },
     /// Bytes on disk are not what was written: the disk is at fault. The broker's replicas must come back empty, under
     /// a new incarnation, from their peers.
-    #[error("{dir} is damaged: {what}")]
+    #[error("DAMAGED: {dir}: {what}; {REBUILD}")]
     Corrupt {
         /// The directory.
         dir: PathBuf,

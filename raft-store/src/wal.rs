@@ -21,6 +21,7 @@ use crate::{
     exec::{Exec, Worker},
     log::LogCore,
     logkey::{self, LogKind},
+    quarantine::Quarantine,
     store::{Failure, StoreError},
     synced::SyncedFile,
     types::{RaftLogId, TypeConfig, Vote},
@@ -83,6 +84,7 @@ pub(crate) struct Wal {
     tx: mpsc::Sender<Request>,
     room: Arc<Semaphore>,
     failed: watch::Sender<Option<Failure>>,
+    quarantine: Arc<Quarantine>,
     pub(crate) stats: Arc<WalStats>,
 }
 
@@ -93,15 +95,23 @@ impl Wal {
         db: Arc<Db>,
         side: SyncedFile,
         position: u64,
-        failed: watch::Sender<Option<Failure>>,
+        (failed, quarantine): (watch::Sender<Option<Failure>>, Arc<Quarantine>),
     ) -> io::Result<(Self, Worker)> {
         let (tx, rx) = mpsc::channel(limits::WAL_QUEUE_OPERATIONS);
         let room = Arc::new(Semaphore::new(limits::WAL_QUEUE_BYTES));
         let stats = Arc::new(WalStats::default());
-        let thread =
-            WalThread { db, side, position, rx, room: room.clone(), failed: failed.clone(), stats: stats.clone() };
+        let thread = WalThread {
+            db,
+            side,
+            position,
+            rx,
+            room: room.clone(),
+            failed: failed.clone(),
+            quarantine: quarantine.clone(),
+            stats: stats.clone(),
+        };
         let worker = exec.spawn("wal", thread.run())?;
-        Ok((Self { tx, room, failed, stats }, worker))
+        Ok((Self { tx, room, failed, quarantine, stats }, worker))
     }
 
     /// Waits for room.
@@ -133,6 +143,11 @@ impl Wal {
         self.failed.subscribe()
     }
 
+    /// Stored bytes are not what was written: the broker stops, and the directory is not used again.
+    pub(crate) fn condemn(&self, what: &str) {
+        self.quarantine.condemn(what);
+    }
+
     /// Why the queue takes no more.
     pub(crate) fn stopped(&self) -> StoreError {
         self.failed.borrow().clone().map_or(StoreError::Closed, StoreError::Failed)
@@ -146,6 +161,7 @@ struct WalThread {
     rx: mpsc::Receiver<Request>,
     room: Arc<Semaphore>,
     failed: watch::Sender<Option<Failure>>,
+    quarantine: Arc<Quarantine>,
     stats: Arc<WalStats>,
 }
 
@@ -203,6 +219,7 @@ impl WalThread {
         self.db
             .write_synced(batch)
             .await
+            .inspect_err(|error| self.quarantine.judge(error))
             .map_err(|error| Failure { what: format!("writing and syncing the log failed: {error}") })?;
         self.position = position;
         self.side

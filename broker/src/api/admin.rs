@@ -248,6 +248,7 @@ async fn verify(
             state_hash: report.state_hash,
         }),
         Err(ReadError::Damaged(what)) => Err(("damaged", what)),
+        Err(ReadError::Contradiction(what)) => Err(("contradiction", what)),
         Err(error) => Err(("unreadable", error.to_string())),
     }
 }

@@ -3,8 +3,8 @@
 
 #![allow(dead_code, reason = "every test program uses its own part")]
 
-pub(crate) mod device;
 pub(crate) mod brokers;
+pub(crate) mod device;
 pub(crate) mod processes;
 
 use std::{
