@@ -127,6 +127,7 @@ impl Writer {
                 drain(&core);
                 self.stats.checkpoints.fetch_add(1, Relaxed);
             }
+            core.thawed.notify_waiters();
             // Whoever asked may be gone: the rows are written all the same.
             let _ = done.send(result);
         }
@@ -168,7 +169,6 @@ fn drain(core: &ShardCore) {
             Drained::Nothing => break,
         }
     }
-    core.thawed.notify_waiters();
 }
 
 struct Flusher {

@@ -100,6 +100,11 @@ impl LogCore {
         self.mem.lock().tail.applied_to(index);
     }
 
+    /// The last entry that is not kept any more.
+    pub(crate) fn purged(&self) -> Option<RaftLogId> {
+        self.mem.lock().tail.purged()
+    }
+
     /// The ticket of the last queued operation.
     pub(crate) fn queued(&self) -> u64 {
         self.mem.lock().queued

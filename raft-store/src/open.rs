@@ -18,7 +18,7 @@ use tokio::{
 use crate::{
     apply::{self, ApplyStats},
     checkpoint::Checkpoints,
-    db::{Db, Instance},
+    db::{Db, DbError, Instance},
     disk::{Disk, Lock},
     identity::{self, Found},
     install,
@@ -67,7 +67,11 @@ fn open_on(disk: Disk, config: StoreConfig, on_applied: Arc<dyn ApplyHook>) -> R
     let log_db = Arc::new(disk.open_db(&dir, Instance::Log, new)?);
     let state_db = Arc::new(disk.open_db(&dir, Instance::State, new)?);
     let side = SyncedFile::open(&disk, &dir.join("synced")).map_err(io_error)?;
-    let position = position(&log_db).map_err(corrupt)?;
+    let disk_error = |error| match error {
+        DbError::Corrupt(what) => corrupt(what),
+        DbError::Io(what) => io_error(io::Error::other(what)),
+    };
+    let position = position(&log_db).map_err(disk_error)?;
     let synced = side.read().map_err(io_error)?.map_err(corrupt)?;
     if position < synced {
         return Err(corrupt(format!("the log recovers to batch {position}, but batch {synced} was fsynced")));
@@ -80,15 +84,16 @@ fn open_on(disk: Disk, config: StoreConfig, on_applied: Arc<dyn ApplyHook>) -> R
     }
     let install_dir = dir.join("install");
     let incarnation = identity.as_ref().map_or(Incarnation(0), |identity: &Identity| identity.incarnation);
-    install::resume(&state_db, &disk, &install_dir, incarnation).map_err(corrupt)?;
+    install::resume(&state_db, &disk, &install_dir, incarnation).map_err(disk_error)?;
     start(disk, config, on_applied, lock, log_db, state_db, side, position, identity).map_err(io_error)
 }
 
 /// The batch that the log recovered to; 0 for a new one.
-fn position(db: &Db) -> Result<u64, String> {
-    let Some(value) = db.get(logkey::POSITION).map_err(|e| e.to_string())? else { return Ok(0) };
-    let bytes = logkey::unseal(&logkey::POSITION, &value)?;
-    bytes.try_into().map(u64::from_be_bytes).map_err(|_| "the log's position has a wrong length".into())
+fn position(db: &Db) -> Result<u64, DbError> {
+    let Some(value) = db.get(logkey::POSITION)? else { return Ok(0) };
+    let bytes = logkey::unseal(&logkey::POSITION, &value).map_err(DbError::Corrupt)?;
+    let long = |_| DbError::Corrupt("the log's position has a wrong length".into());
+    bytes.try_into().map(u64::from_be_bytes).map_err(long)
 }
 
 #[allow(clippy::too_many_arguments)]
