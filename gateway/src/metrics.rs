@@ -43,6 +43,8 @@ metrics! {
     sessions: Level;
     /// Streams of conversations to sessions
     subscriptions: Level;
+    /// Those of them that only wait for the next event, and cost a few bytes each
+    resting_subscriptions: Level;
     /// Events that came from brokers as live
     live_events: Counter;
     /// Events that sessions got live
