@@ -15,6 +15,8 @@ pub mod key;
 pub mod limits;
 pub mod meta;
 pub mod placement;
+#[cfg(feature = "planted")]
+pub mod planted;
 pub mod route;
 pub mod rows;
 pub mod session;

@@ -13,6 +13,8 @@ use std::{
 use bytes::Bytes;
 use openraft::storage::IOFlushed;
 use stentor_engine::limits;
+#[cfg(feature = "planted")]
+use stentor_engine::planted::{Bug, is_planted};
 use stentor_proto::Message;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
@@ -200,6 +202,10 @@ impl WalThread {
         }
         let position = self.position + 1;
         batch.put(logkey::POSITION, logkey::seal(&logkey::POSITION, &position.to_be_bytes()));
+        #[cfg(feature = "planted")]
+        if is_planted(Bug::AcknowledgeBeforeFsync) && queued.iter().all(|q| matches!(q.op, Op::Append { .. })) {
+            return self.db.write(batch).map_err(|error| Failure { what: error.to_string() });
+        }
         self.db
             .write_synced(batch)
             .await
