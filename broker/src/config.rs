@@ -50,6 +50,9 @@ pub struct BrokerConfig {
     pub peers: Vec<PeerConfig>,
     /// This node's certificate and the CA that signed it.
     pub tls: TlsFiles,
+    /// Takes tokens that are signed with development keys. `dev` and `cluster` say so; production does not.
+    #[serde(default)]
+    pub development: bool,
     /// How a cluster is made the first time. Ignored by a directory that belongs to a cluster already.
     #[serde(default)]
     pub bootstrap: Option<Bootstrap>,
@@ -107,7 +110,7 @@ pub struct KeyConfig {
     pub algorithm: String,
     /// The public key.
     pub public_key_pem: String,
-    /// Made by `dev`; production refuses it.
+    /// Made by `dev` or `cluster`; refused unless `development` is true.
     #[serde(default)]
     pub dev: bool,
 }
@@ -172,6 +175,13 @@ impl BrokerConfig {
         }
         if self.bootstrap.as_ref().is_some_and(|b| b.shards == 0 || b.cluster_id.is_empty()) {
             return contradiction("`bootstrap` needs a cluster id and at least one shard".into());
+        }
+        let keys = self.bootstrap.iter().flat_map(|b| &b.apps).flat_map(|app| &app.keys);
+        if let Some(key) = keys.filter(|key| key.dev).find(|_| !self.development) {
+            let kid = &key.kid;
+            return contradiction(format!(
+                "`bootstrap` has the development key `{kid}`, but `development` is not true"
+            ));
         }
         Ok(())
     }

@@ -11,10 +11,10 @@ use hashbrown::HashMap;
 use stentor_engine::effect::{Applied, Effect};
 use stentor_proto::{
     Bytes,
-    ids::{META_SHARD, Seq, ShardId},
+    ids::{Seq, ShardId},
 };
 use stentor_raft_store::{ApplyHook, types::RaftLogId};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 
 use crate::interest::ShardInterest;
 
@@ -91,14 +91,13 @@ impl ShardEffects {
 /// The hook that the store calls. Shards are added before their replicas start.
 pub(crate) struct Hook {
     shards: ArcSwap<HashMap<ShardId, Arc<ShardEffects>>>,
-    meta_changed: Notify,
     metrics: Arc<crate::metrics::Metrics>,
     observer: Option<Arc<dyn ApplyHook>>,
 }
 
 impl Hook {
     pub(crate) fn new(metrics: Arc<crate::metrics::Metrics>, observer: Option<Arc<dyn ApplyHook>>) -> Arc<Self> {
-        Arc::new(Self { shards: ArcSwap::default(), meta_changed: Notify::new(), metrics, observer })
+        Arc::new(Self { shards: ArcSwap::default(), metrics, observer })
     }
 
     pub(crate) fn add(&self, shard: ShardId, effects: Arc<ShardEffects>) {
@@ -107,11 +106,6 @@ impl Hook {
             shards.insert(shard, effects.clone());
             shards
         });
-    }
-
-    /// Completes after the meta shard's rows changed, on every replica.
-    pub(crate) async fn meta_changed(&self) {
-        self.meta_changed.notified().await;
     }
 }
 
@@ -122,9 +116,6 @@ impl ApplyHook for Hook {
         }
         if applied.effects.is_empty() {
             return;
-        }
-        if shard == META_SHARD && applied.effects.contains(&Effect::MetaChanged) {
-            self.meta_changed.notify_one();
         }
         let shards = self.shards.load();
         let Some(effects) = shards.get(&shard) else { return };

@@ -160,6 +160,8 @@ impl Session {
         if fits {
             self.greeted = true;
             tracing::debug!(caller = hello.gateway, "attached");
+        } else if ours.is_none() {
+            tracing::debug!(caller = hello.gateway, "this directory has no cluster yet");
         } else {
             tracing::warn!(caller = hello.gateway, theirs = hello.cluster_id, ?ours, "of another cluster");
         }

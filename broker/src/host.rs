@@ -9,7 +9,7 @@ use stentor_proto::{
     ids::{META_SHARD, ReplicaId, ShardId},
     internal::ShardPlacement,
 };
-use stentor_raft_store::StoreError;
+use stentor_raft_store::{REBUILD, StoreError};
 use thiserror::Error;
 use tokio::sync::watch;
 
@@ -28,6 +28,9 @@ use crate::{
 /// Why a replica cannot be opened; the broker cannot serve it.
 #[derive(Debug, Error)]
 pub(crate) enum HostError {
+    /// What is stored here is not what was written.
+    #[error("DAMAGED: shard {0}: {1}; {REBUILD}")]
+    Damaged(ShardId, String),
     /// The store refuses.
     #[error("shard {0}: {1}")]
     Store(ShardId, StoreError),
@@ -48,7 +51,10 @@ pub(crate) async fn open(
 ) -> Result<Arc<HostedShard>, HostError> {
     let (effects, hints) = ShardEffects::new(shard);
     node.hook.add(shard, effects.clone());
-    let mut parts = node.store.shard(shard, slots.clone()).await.map_err(|e| HostError::Store(shard, e))?;
+    let mut parts = node.store.shard(shard, slots.clone()).await.map_err(|e| match e {
+        StoreError::Damaged { what, .. } => HostError::Damaged(shard, what),
+        other => HostError::Store(shard, other),
+    })?;
     let vote = parts.log.get_log_reader().await.read_vote().await.map_err(|e| HostError::Log(shard, e))?;
     let voted_before = vote.is_some();
     let silent = voted_before && node.within_first_lease();

@@ -13,6 +13,8 @@ mod environment;
 mod gateway_service;
 mod host;
 mod interest;
+mod join;
+mod membership;
 mod meta;
 mod metrics;
 mod network;

@@ -1,13 +1,15 @@
 //! The meta shard's rows as this broker knows them: cluster, placement, brokers, apps; and how they come to be. Must
 //! never write the rows of a new cluster over those of an existing one.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use stentor_engine::{
     command,
     effect::Outcome,
     key::{Entity, Kind, Parts, RowKey},
-    limits, placement,
+    limits,
+    meta::numbers,
+    placement,
     placement::SlotMap,
     rows::Row,
 };
@@ -22,7 +24,7 @@ use stentor_transport::token::Keys;
 use thiserror::Error;
 use tokio::sync::watch;
 
-use crate::{config::Bootstrap, host, node::Node, shard::HostedShard};
+use crate::{config::Bootstrap, host, join, node::Node, shard::HostedShard};
 
 /// Replicas of a data shard.
 const REPLICATION: usize = 3;
@@ -35,6 +37,8 @@ pub(crate) struct MetaView {
     pub(crate) placement: PlacementRow,
     pub(crate) slots: SlotMap,
     pub(crate) brokers: Vec<BrokerInfo>,
+    /// The directory of each broker, and the last incarnation given to one.
+    pub(crate) incarnations: BTreeMap<BrokerId, (Incarnation, Incarnation)>,
     pub(crate) apps: Vec<AppInfo>,
     pub(crate) keys: Keys,
 }
@@ -49,6 +53,21 @@ impl MetaView {
     pub(crate) fn broker_name(&self, broker: BrokerId) -> String {
         let known = self.brokers.iter().find(|b| b.broker == broker.0);
         known.map_or_else(|| format!("broker {broker}"), |b| b.name.clone())
+    }
+
+    /// The number of a broker's directory; 0 for an unknown broker.
+    pub(crate) fn incarnation(&self, broker: BrokerId) -> Incarnation {
+        self.incarnations.get(&broker).copied().unwrap_or_default().0
+    }
+
+    /// The last number given to a directory of a broker; 0 for an unknown broker.
+    pub(crate) fn given(&self, broker: BrokerId) -> Incarnation {
+        self.incarnations.get(&broker).copied().unwrap_or_default().1
+    }
+
+    /// Whether another directory took this one's place.
+    pub(crate) fn is_replaced(&self, replica: ReplicaId) -> bool {
+        self.incarnation(replica.broker) > replica.incarnation
     }
 
     /// As gateways get it.
@@ -98,9 +117,10 @@ pub(crate) enum MetaError {
     Placement(#[from] placement::BadPlacement),
 }
 
-async fn load(reader: &ShardReader) -> Result<Option<MetaView>, MetaError> {
+async fn load(reader: &ShardReader, development: bool) -> Result<Option<MetaView>, MetaError> {
     let entity = Entity::meta();
     let (mut cluster, mut placement, mut brokers, mut apps) = (None, None, Vec::new(), Vec::new());
+    let mut incarnations = BTreeMap::new();
     let mut after: Option<RowKey> = None;
     loop {
         let rows = reader.scan(entity.as_bytes(), after.as_ref(), SCAN_ROWS).await?;
@@ -110,7 +130,12 @@ async fn load(reader: &ShardReader) -> Result<Option<MetaView>, MetaError> {
             match row {
                 Row::Cluster(row) => cluster = Some(row),
                 Row::Placement(row) => placement = Some(row),
-                Row::Broker(row) => brokers.extend(row.broker.as_ref().map(broker_info)),
+                Row::Broker(row) => {
+                    let (current, given) = numbers(&row);
+                    let Some(put) = row.broker else { continue };
+                    incarnations.insert(BrokerId(put.broker), (Incarnation(current), Incarnation(given)));
+                    brokers.push(broker_info(&put));
+                }
                 Row::App(row) => apps.extend(app_info(&key, row.keys)),
                 _ => {}
             }
@@ -125,7 +150,8 @@ async fn load(reader: &ShardReader) -> Result<Option<MetaView>, MetaError> {
         slots: SlotMap::from_row(&placement)?,
         placement,
         brokers,
-        keys: Keys::new(apps.clone()),
+        incarnations,
+        keys: Keys::new(apps.clone(), development),
         apps,
     }))
 }
@@ -145,9 +171,14 @@ fn app_info(key: &RowKey, keys: Vec<SigningKey>) -> Option<AppInfo> {
 
 /// Keeps the picture up to date and the replicas open, until the broker stops.
 pub(crate) async fn follow(node: Arc<Node>, reader: ShardReader, own: ReplicaId) {
+    // Moved by every entry, and by a snapshot that takes the place of many.
+    let mut applied = reader.applied();
     loop {
-        let changed = node.hook.meta_changed();
-        match load(&reader).await {
+        applied.mark_unchanged();
+        match load(&reader, node.config.development).await {
+            Ok(Some(view)) if view.is_replaced(own) => {
+                return node.fail(&join::replaced(own, view.incarnation(own.broker)));
+            }
             Ok(Some(view)) => {
                 node.meta.publish(view);
                 if let Some(view) = node.meta.view()
@@ -156,7 +187,7 @@ pub(crate) async fn follow(node: Arc<Node>, reader: ShardReader, own: ReplicaId)
                     if node.stop.is_cancelled() {
                         return;
                     }
-                    return node.fail(&format!("cannot open a replica: {error}"));
+                    return node.fail(&error.to_string());
                 }
             }
             Ok(None) => {}
@@ -164,7 +195,7 @@ pub(crate) async fn follow(node: Arc<Node>, reader: ShardReader, own: ReplicaId)
             Err(error) => return node.fail(&format!("cannot read the meta shard: {error}")),
         }
         tokio::select! {
-            () = changed => {}
+            changed = applied.changed() => if changed.is_err() { return },
             () = node.stop.cancelled() => return,
         }
     }
@@ -189,7 +220,7 @@ pub(crate) async fn found(node: Arc<Node>, meta: Arc<HostedShard>, bootstrap: Bo
         }
         if leadership.borrow_and_update().ready {
             // The first entry of this term is applied: no rows here means that nobody has written any.
-            match load(&meta.reader).await {
+            match load(&meta.reader, node.config.development).await {
                 Ok(None) => {
                     if let Err(what) = write_rows(&node, &meta, &bootstrap).await {
                         tracing::info!(what, "the cluster is not founded yet");

@@ -32,6 +32,8 @@ pub(crate) struct Node {
     pub(crate) stop: CancellationToken,
     pub(crate) started: Instant,
     pub(crate) failed: watch::Sender<Option<String>>,
+    /// What this broker waits for before it can take part, for people.
+    waits_for: Mutex<Option<String>>,
     hosted: ArcSwap<HashMap<ShardId, Arc<HostedShard>>>,
     /// Everything that runs beside calls: a stopped broker must hold nothing of its directory any more.
     tasks: Mutex<JoinSet<()>>,
@@ -68,6 +70,7 @@ impl Node {
             stop: CancellationToken::new(),
             started,
             failed: watch::Sender::new(None),
+            waits_for: Mutex::default(),
             hosted: ArcSwap::default(),
             tasks: Mutex::default(),
         })
@@ -128,14 +131,28 @@ impl Node {
         !self.first_lease_left().is_zero()
     }
 
+    /// Notes, and says once, what this broker waits for before it can take part.
+    pub(crate) fn waits_for(&self, what: &str) {
+        let mut noted = self.waits_for.lock();
+        if noted.as_deref() != Some(what) {
+            tracing::info!(broker = %self.broker, what, "this broker waits");
+            *noted = Some(what.to_owned());
+        }
+    }
+
+    /// The last thing that it waited for.
+    pub(crate) fn last_waited_for(&self) -> Option<String> {
+        self.waits_for.lock().clone()
+    }
+
     /// The broker cannot go on: it says why, loudly, and stops taking part.
     pub(crate) fn fail(&self, what: &str) {
-        tracing::error!(broker = %self.broker, what, "this broker stops");
         self.failed.send_if_modified(|failed| {
             let first = failed.is_none();
             failed.get_or_insert_with(|| what.to_owned());
             first
         });
         self.stop.cancel();
+        tracing::error!(broker = %self.broker, what, "this broker stops");
     }
 }

@@ -54,7 +54,9 @@ impl From<ReadError> for NotRead {
     fn from(error: ReadError) -> Self {
         tracing::error!(%error, "a read failed");
         match error {
-            ReadError::Damaged(_) => Reason::Damaged.into(),
+            // This broker stops; whoever leads then has the bytes.
+            ReadError::Damaged(_) => Self::NotLeader { leader: None, retry_here: false },
+            ReadError::Contradiction(_) => Reason::Damaged.into(),
             ReadError::Io(_) | ReadError::Stopped => Reason::Unavailable.into(),
         }
     }

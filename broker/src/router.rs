@@ -137,6 +137,14 @@ impl Fate {
     }
 }
 
+/// Proposes a command where the shard's leader is said to be, and nowhere else: what is refused was not proposed, or the
+/// leader was lost with it. For commands that must not be carried out later than they were asked for.
+pub(crate) async fn propose_once(node: &Node, shard: ShardId, command: Bytes) -> Result<Outcome, Refusal> {
+    let target = Search::new(node, shard).target();
+    let answer = attempt(node, target, shard, &command).await?;
+    answer.map_err(|_| Reason::Unavailable.refusal())
+}
+
 async fn attempt(
     node: &Node,
     target: Option<BrokerId>,

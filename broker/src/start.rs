@@ -1,5 +1,5 @@
-//! Starts and stops a broker. Must never open a replica from a directory whose place in the cluster is not certain: an
-//! empty directory under an old name would vote away what its predecessor had promised.
+//! Starts and stops a broker. Must never let anything run on after a stop that could still write to the directory: the
+//! next process has it.
 
 use std::{
     collections::BTreeMap,
@@ -13,14 +13,14 @@ use openraft::{Instant as _, alias::SerdeInstantOf, async_runtime::WatchReceiver
 use stentor_engine::limits;
 use stentor_proto::{
     DESCRIPTORS,
-    ids::{BrokerId, META_SHARD, ReplicaId},
-    internal::{IdentifyRequest, broker_server::BrokerServer, peer_client::PeerClient, peer_server::PeerServer},
+    ids::{BrokerId, ReplicaId},
+    internal::{broker_server::BrokerServer, peer_server::PeerServer},
     v1::{
         admin_server::AdminServer, conversations_server::ConversationsServer, messages_server::MessagesServer,
         users_server::UsersServer,
     },
 };
-use stentor_raft_store::{Identity, META_SLOTS, OpenError, Store, StoreError, types::TypeConfig};
+use stentor_raft_store::{Identity, OpenError, Store, types::TypeConfig};
 use stentor_transport::{
     Listener,
     bind::BindError,
@@ -39,12 +39,9 @@ use crate::{
     effects::Hook,
     environment::Environment,
     gateway_service::{self, GatewayService},
-    host, meta,
+    join, membership,
     metrics::Metrics,
-    network::{
-        Links,
-        server::{PeerIdentity, PeerService},
-    },
+    network::{Links, server::PeerService},
     node::{Node, NodeParts},
     raft::LEASE,
     router::Peers,
@@ -77,11 +74,6 @@ pub enum StartError {
         /// What the configuration says: broker and cluster.
         asked: String,
     },
-    /// An empty directory and no bootstrap: joining a running cluster.
-    #[error(
-        "NOT_BUILT: an empty data directory cannot join a running cluster yet; configure `bootstrap` for a new one"
-    )]
-    CannotJoin,
     /// A server could not begin, in the operating system's words.
     #[error("cannot serve: {0}")]
     Serve(String),
@@ -169,7 +161,8 @@ pub async fn start_in(environment: Environment, config: BrokerConfig) -> Result<
     let _ = known.set(Arc::downgrade(&node));
     let mut servers = JoinSet::new();
     serve(&node, &mut servers, (peer, &peer_tls), (api, &api_tls), http)?;
-    tasks.spawn(take_part(node.clone()));
+    tasks.spawn(join::take_part(node.clone()));
+    tasks.spawn(membership::run(node.clone()));
     tasks.spawn(upkeep::checkpoints(node.clone()));
     tasks.spawn(upkeep::rounds(node.clone()));
     tasks.spawn(upkeep::failures(node.clone()));
@@ -182,9 +175,8 @@ fn local(listener: &Listener) -> Result<SocketAddr, StartError> {
 }
 
 fn check_directory(config: &BrokerConfig, identity: Option<&Identity>) -> Result<(), StartError> {
-    let Some(identity) = identity else {
-        return if config.bootstrap.is_some() { Ok(()) } else { Err(StartError::CannotJoin) };
-    };
+    // An empty one finds its place when the others have been asked.
+    let Some(identity) = identity else { return Ok(()) };
     let other_cluster = config.bootstrap.as_ref().is_some_and(|b| b.cluster_id != identity.cluster_id);
     if identity.broker == config.broker && !other_cluster {
         return Ok(());
@@ -280,116 +272,6 @@ async fn report_health(node: Arc<Node>, health: tonic_health::server::HealthRepo
     }
 }
 
-/// Finds out which directory this is, then opens the meta shard and follows it.
-async fn take_part(node: Arc<Node>) {
-    let identity = match node.store.identity() {
-        Some(identity) => identity,
-        None => match found_directory(&node).await {
-            Some(identity) => identity,
-            None => return,
-        },
-    };
-    let own = ReplicaId { broker: identity.broker, incarnation: identity.incarnation };
-    let hosted = match host::open(&node, META_SHARD, META_SLOTS, own).await {
-        Ok(hosted) => hosted,
-        Err(error) => return node.fail(&format!("cannot open the meta shard: {error}")),
-    };
-    let following = meta::follow(node.clone(), hosted.reader.clone(), own);
-    let founding = async {
-        let Some(bootstrap) = node.config.bootstrap.clone() else { return };
-        let lowest = node.config.peers.iter().map(|p| p.broker).min();
-        if lowest == Some(node.broker) && own.incarnation == meta::FIRST_INCARNATION {
-            begin_meta(&node, &hosted, &identity).await;
-        }
-        meta::found(node.clone(), hosted.clone(), bootstrap).await;
-    };
-    tokio::join!(following, founding);
-}
-
-/// An empty directory takes its place in a new cluster, once it is certain that there is no old one.
-async fn found_directory(node: &Arc<Node>) -> Option<Identity> {
-    let bootstrap = node.config.bootstrap.as_ref()?;
-    let peers = everybody(node, |_| true).await?;
-    if let Some(peer) = peers.iter().find(|peer| peer.bootstrapped) {
-        let (broker, cluster) = (peer.broker, &peer.cluster_id);
-        node.fail(&format!(
-            "NOT_BUILT: broker {broker} runs cluster {cluster} already, and an empty directory cannot join it yet"
-        ));
-        return None;
-    }
-    if let Some(peer) = peers.iter().find(|p| !p.cluster_id.is_empty() && p.cluster_id != bootstrap.cluster_id) {
-        node.fail(&format!("WRONG_CLUSTER: broker {} belongs to cluster {}", peer.broker, peer.cluster_id));
-        return None;
-    }
-    let identity = Identity {
-        cluster_id: bootstrap.cluster_id.clone(),
-        broker: node.broker,
-        incarnation: meta::FIRST_INCARNATION,
-    };
-    let (store, written) = (node.store.clone(), identity.clone());
-    let result = node.environment.blocking(move || store.set_identity(&written)).await;
-    match result {
-        Ok(Ok(())) => Some(identity),
-        Ok(Err(error @ StoreError::OtherIdentity(_))) => {
-            node.fail(&error.to_string());
-            None
-        }
-        Ok(Err(error)) => {
-            node.fail(&format!("cannot write the directory's identity: {error}"));
-            None
-        }
-        Err(_) => None,
-    }
-}
-
-/// Asks all other brokers who they are, until each has given an answer that will do; `None` when this one stops.
-async fn everybody(node: &Node, will_do: impl Fn(&PeerIdentity) -> bool) -> Option<Vec<PeerIdentity>> {
-    let mut answers = Vec::new();
-    for peer in node.config.peers.iter().filter(|p| p.broker != node.broker) {
-        let channel = node.links.channel(peer.broker)?;
-        loop {
-            let identity = node.store.identity();
-            let request = IdentifyRequest {
-                broker: node.broker.0,
-                name: node.config.name.clone(),
-                cluster_id: identity.map(|i| i.cluster_id).unwrap_or_default(),
-            };
-            let mut client = PeerClient::new(channel.clone());
-            match client.identify(request).await {
-                Ok(response) => {
-                    let identity = PeerIdentity::from(response.into_inner());
-                    if will_do(&identity) {
-                        answers.push(identity);
-                        break;
-                    }
-                }
-                Err(status) => tracing::debug!(peer = %peer.broker, %status, "waiting for a broker to answer"),
-            }
-            tokio::select! {
-                () = tokio::time::sleep(Duration::from_millis(50)) => {}
-                () = node.stop.cancelled() => return None,
-            }
-        }
-    }
-    Some(answers)
-}
-
-/// Gives the meta shard its first members, once all of them are there.
-async fn begin_meta(node: &Arc<Node>, hosted: &HostedShard, identity: &Identity) {
-    match hosted.raft.is_initialized().await {
-        Ok(false) => {}
-        Ok(true) | Err(_) => return,
-    }
-    let there = |peer: &PeerIdentity| peer.cluster_id == identity.cluster_id;
-    let Some(peers) = everybody(node, there).await else { return };
-    if peers.iter().any(|peer| peer.bootstrapped || peer.incarnation != meta::FIRST_INCARNATION.0) {
-        return node.fail("NOT_BUILT: this directory lost its log, and cannot rejoin its cluster yet");
-    }
-    if let Err(error) = host::begin(hosted, meta::meta_voters(node)).await {
-        node.fail(&format!("cannot begin the meta shard: {error}"));
-    }
-}
-
 /// A voter that has answered lately; different ones for different shards, so that none gets everything.
 fn successor(hosted: &HostedShard) -> Option<ReplicaId> {
     let metrics = hosted.raft.metrics().borrow_watched().clone();
@@ -431,7 +313,8 @@ impl Broker {
     /// What it is that a broker waits for, for people.
     fn lacks(&self) -> String {
         let Some(view) = self.node.meta.view() else {
-            return "the meta shard has not told the placement".into();
+            let waits = self.node.last_waited_for();
+            return waits.unwrap_or_else(|| "the meta shard has not told the placement".into());
         };
         let leaderless = self.node.all_hosted().into_iter().filter(|h| h.leadership().leader.is_none());
         let leaderless: Vec<_> = leaderless.map(|h| h.shard.to_string()).collect();

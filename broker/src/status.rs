@@ -77,7 +77,7 @@ fn code(reason: Reason) -> Code {
         OutcomeUnknown => Code::DeadlineExceeded,
         Overloaded | RateLimited | TooManyParticipants | TooManyConversations | TooManyDevices | TooManyStays
         | TooManySubscriptions | TooManyOpenSends | BodyTooLarge | FrameTooLarge => Code::ResourceExhausted,
-        UnknownConversation | UnknownDevice | UnknownShard => Code::NotFound,
+        UnknownConversation | UnknownDevice | UnknownShard | UnknownBroker => Code::NotFound,
         NotAParticipant | PermissionDenied | WrongApp | AdminOnly => Code::PermissionDenied,
         Unauthenticated | TokenExpired => Code::Unauthenticated,
         AlreadyExists | AlreadyParticipant | ClientIdReused => Code::AlreadyExists,

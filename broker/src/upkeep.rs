@@ -78,7 +78,7 @@ pub(crate) async fn failures(node: Arc<Node>) {
     loop {
         let failure = failed.borrow_and_update().clone();
         if let Some(failure) = failure {
-            return node.fail(&format!("the store has failed: {failure}"));
+            return node.fail(&failure.to_string());
         }
         tokio::select! {
             changed = failed.changed() => if changed.is_err() { return },

@@ -39,8 +39,8 @@ pub(crate) enum Verb {
     /// Run a cluster of real processes in a folder
     #[command(subcommand)]
     Cluster(ClusterVerb),
-    /// Chat in the terminal (not built yet)
-    Chat(NotBuiltArgs),
+    /// Chat in the terminal
+    Chat(ChatArgs),
     /// Measure (not built yet)
     Bench(NotBuiltArgs),
     /// Break things on purpose (not built yet)
@@ -60,7 +60,8 @@ impl Verb {
             Self::History(args) => args.context.json,
             Self::Admin(verb) => verb.json(),
             Self::Cluster(verb) => verb.json(),
-            Self::Chat(args) | Self::Bench(args) | Self::Chaos(args) => args.json(),
+            Self::Chat(args) => args.context.json,
+            Self::Bench(args) | Self::Chaos(args) => args.json(),
         }
     }
 }
@@ -119,6 +120,9 @@ pub(crate) enum ClusterVerb {
         /// What it does
         #[arg(long, value_enum)]
         role: NodeRole,
+        /// Where it stands (not built yet)
+        #[arg(long)]
+        zone: Option<String>,
         #[command(flatten)]
         folder: FolderArgs,
     },
@@ -374,6 +378,13 @@ pub(crate) struct SendArgs {
     pub(crate) content_type: Option<String>,
 }
 
+/// Options of `chat`.
+#[derive(Debug, Args)]
+pub(crate) struct ChatArgs {
+    #[command(flatten)]
+    pub(crate) context: ContextArgs,
+}
+
 /// Options of `tail`.
 #[derive(Debug, Args)]
 pub(crate) struct TailArgs {
@@ -504,8 +515,9 @@ mod tests {
             "admin move 1 broker-1 broker-2 --json",
             "cluster up --dir d --brokers 3 --gateways 2 --shards 16",
             "cluster kill broker-2 --dir d",
-            "cluster add --role gateway --dir d",
+            "cluster add --role gateway --zone z --dir d",
             "cluster status --json --dir d",
+            "chat --dir d --user ann --device phone",
             "bench anything --json",
         ] {
             assert!(parse(line).is_ok(), "{line}: {}", parse(line).err().unwrap());

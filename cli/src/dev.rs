@@ -15,7 +15,11 @@ pub(crate) async fn run(args: DevArgs, output: Output) -> Result<(), Failure> {
     let plan = args.demo.as_ref().map(|path| demo::load(path.as_deref())).transpose()?;
     let home = Home::open(args.dir.as_deref())?;
     output.news(&format!("starting 3 brokers and 1 gateway in {}", home.dir().display()));
-    let cluster = DevCluster::start(&home, args.shards).await?;
+    let bar = output.progress(0, "starting");
+    bar.enable_steady_tick(std::time::Duration::from_millis(200));
+    let started = DevCluster::start(&home, args.shards).await;
+    bar.finish_and_clear();
+    let cluster = started?;
     let ended = serve(&args, plan, &cluster, output).await;
     output.news("stopping");
     let stopped = cluster.stop().await;

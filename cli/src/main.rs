@@ -4,6 +4,7 @@
 mod admin;
 mod api;
 mod args;
+mod chat;
 mod cluster;
 mod cluster_file;
 mod context;
@@ -15,6 +16,7 @@ mod event_line;
 mod failure;
 mod history;
 mod keys;
+mod layout;
 mod node;
 mod output;
 mod ports;
@@ -22,7 +24,7 @@ mod send;
 mod session;
 mod tail;
 
-use std::process::ExitCode;
+use std::{io::IsTerminal, process::ExitCode};
 
 use clap::{Parser, error::ErrorKind};
 
@@ -65,9 +67,15 @@ fn misuse(error: &clap::Error) -> ExitCode {
 }
 
 fn start(verb: Verb, output: Output) -> Result<(), Failure> {
+    // A log line in the middle of a drawn screen helps nobody.
+    let is_drawn_over = matches!(verb, Verb::Chat(_)) && std::io::stderr().is_terminal();
     let filter = tracing_subscriber::EnvFilter::try_from_env("STENTOR_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,openraft=error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    if !is_drawn_over {
+        // A log that cannot be written, on a full disk for example, must not bring down the thread that logs.
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        log.log_internal_errors(false).init();
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::failed)?;
     runtime.block_on(call(verb, output))
 }
@@ -91,7 +99,7 @@ async fn call(verb: Verb, output: Output) -> Result<(), Failure> {
         Verb::Admin(AdminVerb::Restore(_)) => not_built("admin restore"),
         Verb::Admin(verb) => Box::pin(admin::run(verb, output)).await,
         Verb::Cluster(verb) => Box::pin(cluster::run(verb, output)).await,
-        Verb::Chat(_) => not_built("chat"),
+        Verb::Chat(args) => Box::pin(chat::run(args, output)).await,
         Verb::Bench(_) => not_built("bench"),
         Verb::Chaos(_) => not_built("chaos"),
     }

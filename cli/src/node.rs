@@ -25,9 +25,9 @@ pub(crate) async fn broker(args: &NodeArgs) -> Result<(), Failure> {
     let name = config.name.clone();
     let stop = stop_signal()?;
     let broker = Box::pin(stentor_broker::start(config)).await.map_err(Failure::failed)?;
-    if broker.ready(READY_WITHIN).await.is_err() {
+    if let Err(why) = broker.ready(READY_WITHIN).await {
         // Its peers may still be starting: it goes on, and /readyz says so too.
-        Output::new(false).notice(&format!("{name} is not ready yet"));
+        Output::new(false).notice(&format!("{name}: {why}"));
     }
     let ended = tokio::select! {
         () = stop => Ok(()),

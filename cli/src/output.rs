@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use serde_json::json;
 use stentor_proto::v1::Refusal;
+use unicode_width::UnicodeWidthStr;
 
 use crate::failure::Failure;
 
@@ -113,12 +114,19 @@ fn gone(error: io::Error) -> Failure {
     }
 }
 
+/// What a cell takes of a line; colours take nothing.
+fn drawn(cell: &str) -> usize {
+    let mut parts = cell.split("\x1b[");
+    let first = parts.next().map_or(0, UnicodeWidthStr::width);
+    first + parts.map(|part| part.split_once('m').map_or(0, |(_, text)| text.width())).sum::<usize>()
+}
+
 fn align(rows: &[Vec<String>]) -> Vec<String> {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0);
+    let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|s| drawn(s)).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let line = |row: &Vec<String>| {
-        let cells = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}"));
+        let cells = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell}{}", " ".repeat(width - drawn(cell))));
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
     rows.iter().map(line).collect()
@@ -132,5 +140,7 @@ mod tests {
     fn columns_are_as_wide_as_their_widest_cell() {
         let rows = [vec!["a".to_owned(), "long head".to_owned()], vec!["größer".to_owned(), "x".to_owned()]];
         assert_eq!(align(&rows), ["a       long head", "größer  x"]);
+        let rows = [vec!["\x1b[31mbad\x1b[0m".to_owned(), "x".to_owned()], vec!["三文字".to_owned(), "y".to_owned()]];
+        assert_eq!(align(&rows), ["\x1b[31mbad\x1b[0m     x", "三文字  y"]);
     }
 }

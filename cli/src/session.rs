@@ -1,7 +1,7 @@
 //! A session with a gateway through the SDK, as the device that the context gives. Must keep the device's lock as long as
 //! the session lives: two processes on one device would supersede each other for ever.
 
-use stentor_client::{Client, ClientError, FileCursors, MemoryCursors};
+use stentor_client::{Builder, Client, ClientError, FileCursors, MemoryCursors};
 
 use crate::{
     args::ContextArgs,
@@ -19,8 +19,16 @@ pub(crate) struct Session {
 
 /// Connects as the context says, with at most `window` sends unanswered.
 pub(crate) async fn connect(args: &ContextArgs, window: usize) -> Result<Session, Failure> {
+    connect_with(args, |builder| builder.window(window)).await
+}
+
+/// The same with settings of the caller's own.
+pub(crate) async fn connect_with(
+    args: &ContextArgs,
+    settings: impl FnOnce(Builder) -> Builder,
+) -> Result<Session, Failure> {
     let SessionContext { gateways, ca, token, held } = context::session(args)?;
-    let mut builder = Client::builder().ca_file(ca).token(token).window(window);
+    let mut builder = settings(Client::builder().ca_file(ca).token(token));
     for gateway in gateways {
         builder = builder.gateway(gateway);
     }

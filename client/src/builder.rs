@@ -16,6 +16,7 @@ use crate::{
     dial::Dialer,
     driver::Driver,
     shared::{Command, Shared},
+    token::TokenSource,
 };
 
 /// Commands that wait for the client's task: enough to fill a write, few enough to cost an idle client little.
@@ -28,7 +29,7 @@ pub struct Builder {
     gateways: Vec<String>,
     ca: Option<PathBuf>,
     tls: Option<ClientTls>,
-    token: String,
+    token: TokenSource,
     cursors: Arc<dyn CursorStore>,
     streams: Vec<(ConversationId, From)>,
     window: usize,
@@ -55,7 +56,7 @@ impl Builder {
             gateways: Vec::new(),
             ca: None,
             tls: None,
-            token: String::new(),
+            token: TokenSource::Fixed("".into()),
             cursors: Arc::new(MemoryCursors::new()),
             streams: Vec::new(),
             window: 256,
@@ -92,7 +93,19 @@ impl Builder {
     /// The JWT that names app, user and device.
     #[must_use]
     pub fn token(mut self, token: impl Into<String>) -> Self {
-        self.token = token.into();
+        self.token = TokenSource::Fixed(token.into().into());
+        self
+    }
+
+    /// Who is asked for a token before each connection, for a session that outlives its tokens: when one has expired the
+    /// gateway ends the connection, and the client comes back with the next. An error counts as a failed attempt.
+    #[must_use]
+    pub fn token_source<F, T>(mut self, source: F) -> Self
+    where
+        F: Fn() -> T + Send + Sync + 'static,
+        T: Future<Output = Result<String, String>> + Send + 'static,
+    {
+        self.token = TokenSource::asked(source);
         self
     }
 
@@ -137,6 +150,14 @@ impl Builder {
     #[must_use]
     pub fn inbox_bytes(mut self, bytes: u64) -> Self {
         self.config.credit_bytes = bytes.clamp(1_024, limits::SESSION_MAX_CREDIT_BYTES);
+        self
+    }
+
+    /// How long a silent connection may be idle before it is pinged, at least 1 s; 30 s unless told. A gateway that
+    /// does not answer is given up 10 s later. Shorter is for programs that show the connection to somebody.
+    #[must_use]
+    pub fn ping_idle(mut self, idle: Duration) -> Self {
+        self.config.ping_idle_ms = (idle.as_millis() as u64).max(1_000);
         self
     }
 

@@ -14,7 +14,7 @@ use stentor_proto::{
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::{
-    Builder, ClientError, From, Identity, Incoming, Message, Sent,
+    Builder, ClientError, Connection, From, Identity, Incoming, Message, Sent,
     shared::{Command, SendTicket, Shared},
 };
 
@@ -120,6 +120,11 @@ impl Client {
     /// Whether there is a connection right now. A hint: it may be gone already.
     pub fn is_connected(&self) -> bool {
         self.shared.is_connected()
+    }
+
+    /// How the connection is right now, since when, and when the next attempt to connect begins.
+    pub fn connection(&self) -> Connection {
+        self.shared.connection()
     }
 
     /// Why the session was refused for good, if it was.

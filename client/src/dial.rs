@@ -9,6 +9,7 @@ use stentor_transport::{
     quic::{FrameReader, FrameWriter, QuicConnection},
     tls::ClientTls,
 };
+use tokio::time::{Instant, sleep_until};
 
 /// Waits between attempts, with full jitter.
 const RECONNECT: Backoff = Backoff { first_ms: 200, max_ms: 10_000 };
@@ -50,15 +51,16 @@ impl Dialer {
         nonce
     }
 
-    /// The next attempt, its wait included, as a future that borrows nothing.
-    pub(crate) fn attempt(&mut self) -> impl Future<Output = Result<Link, String>> + Send + use<> {
+    /// The next attempt, its wait included, as a future that borrows nothing, and when the wait is over.
+    pub(crate) fn attempt(&mut self) -> (Instant, impl Future<Output = Result<Link, String>> + Send + use<>) {
         let at_once = std::mem::take(&mut self.at_once);
         let wait_ms = if at_once { 0 } else { RECONNECT.wait_ms(self.failures, &mut self.draws) };
         let patience = (self.gateways.len() > 1).then(|| IMPATIENCE * (self.failures + 1).min(10));
         let gateways = Arc::clone(&self.gateways);
         let (at, tls, host) = (self.next % gateways.len().max(1), self.tls.clone(), self.host.clone());
-        async move {
-            tokio::time::sleep(Duration::from_millis(wait_ms)).await;
+        let begins_at = Instant::now() + Duration::from_millis(wait_ms);
+        let attempt = async move {
+            sleep_until(begins_at).await;
             let gateway = gateways.get(at).ok_or("no gateway")?;
             let connecting = connect(&host, gateway, &tls);
             let linked = match patience {
@@ -66,7 +68,8 @@ impl Dialer {
                 None => Ok(connecting.await),
             };
             linked.and_then(|link| link).map_err(|e| format!("{gateway}: {e}"))
-        }
+        };
+        (begins_at, attempt)
     }
 
     /// The attempt, or a connection that lived only shortly, failed.

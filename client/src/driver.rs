@@ -13,6 +13,7 @@ use stentor_engine::{
 use stentor_proto::{
     frame,
     ids::{AppId, ConversationId, DeviceId, Seq, UserId},
+    reason::Reason,
     v1::{self, Refusal},
 };
 use tokio::{
@@ -25,6 +26,7 @@ use crate::{
     Change, ClientError, CursorStore, From, Identity, Incoming,
     dial::{Dialer, Link, SUCCESS},
     shared::{Command, Reply, RequestTicket, SendTicket, Shared},
+    token::TokenSource,
 };
 
 /// Cursor moves are gathered this long.
@@ -55,7 +57,7 @@ enum End {
 pub(crate) struct Driver {
     session: Session<SendTicket, RequestTicket>,
     dialer: Dialer,
-    token: String,
+    token: TokenSource,
     nonce: [u8; NONCE_BYTES],
     store: Arc<dyn CursorStore>,
     shared: Arc<Shared>,
@@ -79,7 +81,7 @@ impl Driver {
     pub(crate) fn new(
         config: Config,
         mut dialer: Dialer,
-        token: String,
+        token: TokenSource,
         store: Arc<dyn CursorStore>,
         shared: Arc<Shared>,
         commands: mpsc::Receiver<Command>,
@@ -109,10 +111,10 @@ impl Driver {
 
     pub(crate) async fn run(mut self) {
         let refusal = loop {
-            let Some(mut link) = self.offline().await else { break None };
+            let Some((mut link, token)) = self.offline().await else { break None };
             let since = Instant::now();
-            let end = self.online(&mut link).await;
-            self.shared.set_connected(false);
+            let end = self.online(&mut link, token).await;
+            self.shared.disconnected();
             self.session.disconnected();
             match end {
                 End::Closed => {
@@ -153,10 +155,15 @@ impl Driver {
     }
 
     /// Tries gateways until one takes a connection, serving the application meanwhile. `None`: it wants no more.
-    async fn offline(&mut self) -> Option<Link> {
+    async fn offline(&mut self) -> Option<(Link, Arc<str>)> {
         loop {
             // Boxed: an idle client should not carry a handshake's state.
-            let mut attempt = Box::pin(self.dialer.attempt());
+            let ((begins_at, dialing), source) = (self.dialer.attempt(), self.token.clone());
+            self.shared.retry_at(begins_at);
+            let mut attempt = Box::pin(async move {
+                let link = dialing.await?;
+                Ok::<_, String>((link, source.token().await?))
+            });
             let dialed = loop {
                 let due = self.due().unwrap_or_else(|| Instant::now() + Duration::from_secs(3_600));
                 tokio::select! {
@@ -174,7 +181,7 @@ impl Driver {
                 }
             };
             match dialed {
-                Ok(link) => return Some(link),
+                Ok(dialed) => return Some(dialed),
                 Err(failure) => {
                     tracing::debug!(%failure, "no connection");
                     self.shared.note_failure(failure);
@@ -185,8 +192,9 @@ impl Driver {
     }
 
     /// One connection, from hello to its end.
-    async fn online(&mut self, link: &mut Link) -> End {
-        self.session.connected(self.now(), &self.token, &self.nonce);
+    async fn online(&mut self, link: &mut Link, token: Arc<str>) -> End {
+        self.session.connected(self.now(), &token, &self.nonce);
+        drop(token);
         let (mut out, mut frames, mut writing) = (BytesMut::new(), [Bytes::new()], false);
         let mut timer = pin!(sleep_until(Instant::now()));
         loop {
@@ -406,6 +414,11 @@ impl Driver {
                 Output::Lost { ticket, maybe_done } => drop(ticket.send(Reply::Lost { maybe_done })),
                 Output::Abandoned { ticket, maybe_accepted } => self.abandon(ticket, maybe_accepted),
                 Output::Leave => end = Some(End::Leave),
+                Output::Final(refusal)
+                    if refusal.reason == Reason::TokenExpired.code() && self.token.gives_fresh_ones() =>
+                {
+                    end = Some(End::Lost(refusal.reason));
+                }
                 Output::Final(refusal) => end = Some(End::Final(refusal)),
                 Output::Welcome(welcome) => {
                     self.batch.push((Incoming::Connected { gateway: welcome.gateway.clone() }, 0));
@@ -452,7 +465,7 @@ impl Driver {
                 return Some(End::Closed);
             }
         }
-        self.shared.set_connected(true);
+        self.shared.connected(&welcome.gateway);
         self.shared.deliver(&mut self.batch);
         None
     }
@@ -554,7 +567,7 @@ mod tests {
         let ((_commands, receiver), (first, _welcomed)) = (mpsc::channel(1), oneshot::channel());
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let _inside = runtime.enter();
-        let driver = Driver::new(config, dialer, "token".into(), store, shared, receiver, first);
+        let driver = Driver::new(config, dialer, TokenSource::Fixed("token".into()), store, shared, receiver, first);
         let (task, command) = (size_of_val(&driver.run()), size_of::<Command>());
         // 29 kB are the connection's own.
         assert!(task <= 6 * 1024, "the task holds {task} bytes");

@@ -31,6 +31,7 @@
 
 mod builder;
 mod client;
+mod connection;
 mod cursors;
 mod dial;
 mod driver;
@@ -38,9 +39,11 @@ mod error;
 mod message;
 mod requests;
 mod shared;
+mod token;
 
 pub use builder::Builder;
 pub use client::{Client, SendHandle};
+pub use connection::Connection;
 pub use cursors::{Change, CursorStore, FileCursors, Identity, MemoryCursors, StoreError};
 pub use error::ClientError;
 pub use message::{Event, From, Hidden, Incoming, Message, Sent, Text};

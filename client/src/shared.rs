@@ -4,10 +4,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     mem::discriminant,
-    sync::{
-        OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::OnceLock,
 };
 
 use parking_lot::Mutex;
@@ -17,9 +14,12 @@ use stentor_proto::{
     v1::{self, Refusal, request::Call, response},
 };
 use stentor_transport::Host;
-use tokio::sync::{Notify, OwnedSemaphorePermit, oneshot};
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit, oneshot},
+    time::Instant,
+};
 
-use crate::{ClientError, From, Identity, Incoming, Sent};
+use crate::{ClientError, Connection, From, Identity, Incoming, Sent, connection::State};
 
 /// Items that cost no credit are left out, or kept once of each kind, when so many items wait.
 const HINTS_BELOW: usize = 4_096;
@@ -91,9 +91,7 @@ pub(crate) struct Shared {
     moves: Mutex<Moves>,
     /// Wakes the task.
     pub(crate) wake: Notify,
-    is_connected: AtomicBool,
-    /// Why the last attempt to connect failed.
-    failure: Mutex<Option<String>>,
+    connection: Mutex<State>,
     pub(crate) host: Host,
     pub(crate) identity: OnceLock<Identity>,
     pub(crate) ended: OnceLock<Refusal>,
@@ -108,8 +106,7 @@ impl Shared {
             arrived: Notify::new(),
             moves: Mutex::default(),
             wake: Notify::new(),
-            is_connected: AtomicBool::new(false),
-            failure: Mutex::default(),
+            connection: Mutex::new(State::new(Instant::now())),
             host,
             identity: OnceLock::new(),
             ended: OnceLock::new(),
@@ -193,7 +190,7 @@ impl Shared {
 
     pub(crate) fn close(&self) {
         self.inbox.lock().is_closed = true;
-        self.is_connected.store(false, Ordering::Relaxed);
+        self.disconnected();
         self.arrived.notify_one();
     }
 
@@ -235,19 +232,31 @@ impl Shared {
     }
 
     pub(crate) fn note_failure(&self, failure: String) {
-        *self.failure.lock() = Some(failure);
+        self.connection.lock().failed(failure);
     }
 
     pub(crate) fn last_failure(&self) -> Option<String> {
-        self.failure.lock().clone()
+        self.connection.lock().reason()
     }
 
-    pub(crate) fn set_connected(&self, connected: bool) {
-        self.is_connected.store(connected, Ordering::Relaxed);
+    pub(crate) fn connected(&self, gateway: &str) {
+        self.connection.lock().online(Instant::now(), gateway);
+    }
+
+    pub(crate) fn disconnected(&self) {
+        self.connection.lock().offline(Instant::now());
+    }
+
+    pub(crate) fn retry_at(&self, at: Instant) {
+        self.connection.lock().retry_at(at);
     }
 
     pub(crate) fn is_connected(&self) -> bool {
-        self.is_connected.load(Ordering::Relaxed)
+        self.connection.lock().is_online()
+    }
+
+    pub(crate) fn connection(&self) -> Connection {
+        self.connection.lock().at(Instant::now())
     }
 }
 

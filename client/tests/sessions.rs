@@ -478,3 +478,31 @@ async fn who_follows_all_takes_up_conversations_that_begin_and_begin_again() {
     peer.events(&c, 3..=7).await;
     assert_eq!(seqs(&client, 2).await, [6, 7]);
 }
+
+#[tokio::test]
+async fn a_session_outlives_its_token_when_somebody_gives_fresh_ones() {
+    let gateway = Gateway::new();
+    let asked = Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let source = move || {
+        let n = asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst) + 1;
+        async move { Ok(format!("token-{n}")) }
+    };
+    let builder = gateway.client().token_source(source);
+    let hello = async |peer: &mut gateway::Peer| {
+        let ClientFrame::Hello(hello) = peer.frame().await else { panic!() };
+        hello
+    };
+    let (client, (mut peer, first)) = tokio::join!(soon("connect", builder.connect()), async {
+        let mut peer = gateway.accept().await;
+        let first = hello(&mut peer).await;
+        peer.give(welcome()).await;
+        (peer, first)
+    });
+    let client = client.unwrap();
+    assert_eq!(first.token, "token-1");
+    peer.give(fatal(Reason::TokenExpired)).await;
+    peer.cut();
+    let again = hello(&mut gateway.accept().await).await;
+    assert_eq!((again.token.as_str(), again.session_nonce), ("token-2", first.session_nonce));
+    assert!(client.ended().is_none());
+}

@@ -128,6 +128,7 @@ impl<R: Rows> Call<'_, R> {
             Some(Op::PutBroker(put)) => meta::put_broker(&mut self, put),
             Some(Op::PutPlacement(put)) => meta::put_placement(&mut self, put),
             Some(Op::MarkInitialized(mark)) => meta::mark_initialized(&mut self, mark),
+            Some(Op::JoinBroker(join)) => meta::join_broker(&mut self, join),
             // `shape` has refused it.
             None => Ok(Outcome::refused(stentor_proto::reason::Reason::Malformed)),
         }

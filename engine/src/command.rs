@@ -209,6 +209,11 @@ pub fn mark_initialized(shard: u32) -> Command {
     of_meta(Op::MarkInitialized(internal::MarkInitialized { shard }))
 }
 
+/// Gives an empty directory of a broker its incarnation, if the last one given is still `expect_incarnation`.
+pub fn join_broker(join: internal::JoinBroker) -> Command {
+    of_meta(Op::JoinBroker(join))
+}
+
 /// As it stands in a bundle.
 pub fn encode(command: &Command) -> Bytes {
     command.encode_to_vec().into()
@@ -225,7 +230,14 @@ pub fn target_shard_slot(command: &Command) -> Option<Slot> {
 fn is_meta(command: &Command) -> bool {
     matches!(
         command.op,
-        Some(Op::PutCluster(_) | Op::PutApp(_) | Op::PutBroker(_) | Op::PutPlacement(_) | Op::MarkInitialized(_))
+        Some(
+            Op::PutCluster(_)
+                | Op::PutApp(_)
+                | Op::PutBroker(_)
+                | Op::PutPlacement(_)
+                | Op::MarkInitialized(_)
+                | Op::JoinBroker(_)
+        )
     )
 }
 

@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use stentor_proto::{
-    ids::{SendNo, Seq, SessionNo, StampMs, Version},
+    ids::{Incarnation, SendNo, Seq, SessionNo, StampMs, Version},
     internal,
     reason::Reason,
     v1,
@@ -35,6 +35,11 @@ pub enum Outcome {
         /// Higher than every earlier session's of the device.
         session_no: SessionNo,
     },
+    /// The number of the directory that joins.
+    Joined {
+        /// Given to nobody else, ever.
+        incarnation: Incarnation,
+    },
     /// Done, nothing to tell.
     Done,
 }
@@ -58,6 +63,7 @@ impl Outcome {
             Self::SessionOpened { session_no } => {
                 O::SessionOpened(internal::SessionOpened { session_no: session_no.0 })
             }
+            Self::Joined { incarnation } => O::Joined(internal::Joined { incarnation: incarnation.0 }),
             Self::Done => O::Done(internal::Done {}),
         };
         internal::Outcome { outcome: Some(outcome) }
@@ -78,6 +84,7 @@ impl Outcome {
                 last: SendNo(r.last),
             },
             Some(O::SessionOpened(s)) => Self::SessionOpened { session_no: SessionNo(s.session_no) },
+            Some(O::Joined(j)) => Self::Joined { incarnation: Incarnation(j.incarnation) },
             Some(O::Done(_)) => Self::Done,
             None => Self::refused(Reason::Internal),
         }
@@ -128,8 +135,6 @@ pub enum Effect {
         /// The head of his own stream.
         head: Seq,
     },
-    /// Brokers, placement, apps or keys changed: hosts and gateways look again.
-    MetaChanged,
 }
 
 /// What applying one entry gave.

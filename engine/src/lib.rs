@@ -11,10 +11,15 @@ pub mod conversation;
 pub mod dedup;
 pub mod delivery;
 pub mod effect;
+pub mod join;
 pub mod key;
 pub mod limits;
+pub mod membership;
 pub mod meta;
 pub mod placement;
+#[cfg(feature = "planted")]
+pub mod planted;
+pub mod rate;
 pub mod route;
 pub mod rows;
 pub mod session;

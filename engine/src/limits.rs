@@ -1,10 +1,38 @@
 //! Every bound of the system, with its reason. A bound is answered by a typed refusal or by back-pressure, never by
 //! dropping what was acknowledged.
 
+use crate::rate::Rate;
+
 // Sessions at a gateway.
 
 /// Unanswered sends of one connection; then its stream is not read. 256 fill a bundle several times over.
 pub const SESSION_SENDS_IN_FLIGHT: usize = 256;
+/// The same, sends included that do not count because their shard gives no answer.
+pub const SESSION_SENDS_HELD: usize = 4 * SESSION_SENDS_IN_FLIGHT;
+/// A shard that answers none of a session's sends for so long is stuck for it, in ms: its sends leave the window to
+/// the others, and further ones get a retryable refusal. Several times what an answer takes, less than most elections.
+pub const STUCK_SHARD_MS: u64 = 1_000;
+/// Conversations whose sends a gateway holds back after a retryable refusal; beyond it `apply` tells what is out of
+/// order.
+pub const SESSION_HELD_BACK: usize = 1_024;
+/// Sends of one device in a second, and at once: no device of a person comes near, and a bulk sender gets what a shard
+/// can do (design: 110 k proposals a second, unbundled). Keeps one device from taking more than a shard.
+pub const DEVICE_SENDS: Rate = Rate { per_s: 50_000, burst: 100_000 };
+/// Bytes of these frames, in a second and at once: with 256 bytes each, a fifth of this is the rate above.
+pub const DEVICE_SEND_BYTES: Rate = Rate { per_s: 64 * 1024 * 1024, burst: 64 * 1024 * 1024 };
+/// What a send costs more that is refused because its sender is no participant, or there is no such conversation, in
+/// sends: it leaves a small row for ever. With the rate above 100 a second.
+pub const STRANGERS_SEND_COST: u64 = 500;
+/// Calls, subscriptions and cursor moves of one connection in a second, in frames, and at once: all subscriptions that
+/// a session may have, twice; in the long run as many reads as one session can make over one connection.
+pub const CONNECTION_CALLS: Rate = Rate { per_s: 10_000, burst: 20_000 };
+/// Sessions that one user opens at one gateway in a second, and at once: all his devices may come back several times in
+/// a row. Each costs an entry in his shard.
+pub const USER_SESSIONS: Rate = Rate { per_s: 50, burst: 1_000 };
+/// Callers whose rates a gateway remembers: those who spent something lately.
+pub const RATES_REMEMBERED: usize = 100_000;
+/// How often a session looks whether its token has expired, at the latest, in ms: clocks may be set.
+pub const TOKEN_CHECK_MS: u64 = 60 * 60 * 1_000;
 /// Unanswered calls (`Request`) of one connection; each may answer with a whole frame.
 pub const SESSION_CALLS_IN_FLIGHT: usize = 8;
 /// Bytes of a session nonce.
@@ -140,6 +168,9 @@ pub const SUPERSEDED_NONCES: usize = 16;
 pub const MAX_SHARDS: u32 = 4_096;
 /// Replicas of a shard, those that a move adds included.
 pub const MAX_REPLICAS: usize = 7;
+/// Entries that a learner may lack when it becomes a voter: a few times what is under way to a follower that keeps up
+/// ([`BUNDLES_IN_FLIGHT`]), so that constant writing cannot keep it out.
+pub const PROMOTE_LAG_ENTRIES: u64 = 64;
 /// Signing keys of an app: a rotation needs two.
 pub const MAX_SIGNING_KEYS: usize = 16;
 /// Bytes of a public key in PEM.

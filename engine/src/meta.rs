@@ -1,17 +1,18 @@
 //! The meta shard's rows: cluster, apps and their keys, brokers, placement. Must never go back to an older placement,
-//! nor forget that a shard was initialized.
+//! nor forget that a shard was initialized, nor give one incarnation to two directories.
 
 use stentor_proto::{
-    ids::{PlacementVersion, ShardId},
+    ids::{BrokerId, Incarnation, PlacementVersion, ReplicaId, ShardId},
     internal::{
-        BrokerRow, ClusterRow, MarkInitialized, PlacementRow, PutApp, PutBroker, PutCluster, PutPlacement, SigningKey,
+        BrokerRow, ClusterRow, JoinBroker, MarkInitialized, PlacementRow, PutApp, PutBroker, PutCluster, PutPlacement,
+        ShardPlacement, SigningKey,
     },
     reason::Reason,
 };
 
 use crate::{
     apply::{ApplyError, Call},
-    effect::{Effect, Outcome},
+    effect::Outcome,
     key::{Entity, Kind, RowKey},
     limits,
     placement::SlotMap,
@@ -39,11 +40,6 @@ pub fn placement_key() -> RowKey {
     Entity::meta().key(Kind::Placement, &[])
 }
 
-fn changed<R: Rows>(call: &mut Call<'_, R>) -> Outcome {
-    call.effects.push(Effect::MetaChanged);
-    Outcome::Done
-}
-
 /// Names the cluster; the same name again changes nothing, another one is refused.
 pub(crate) fn put_cluster<R: Rows>(call: &mut Call<'_, R>, put: &PutCluster) -> Result<Outcome, ApplyError> {
     if put.cluster_id.is_empty() || put.cluster_id.len() > limits::MAX_META_TEXT_BYTES || !is_text(&put.cluster_id) {
@@ -58,7 +54,7 @@ pub(crate) fn put_cluster<R: Rows>(call: &mut Call<'_, R>, put: &PutCluster) -> 
         return Ok(if same { Outcome::Done } else { Outcome::refused(Reason::AlreadyExists) });
     }
     call.rows.put(key, ClusterRow { cluster_id: state::own(&put.cluster_id), shards: put.shards }.into());
-    Ok(changed(call))
+    Ok(Outcome::Done)
 }
 
 /// Adds an app or replaces its keys.
@@ -80,31 +76,59 @@ pub(crate) fn put_app<R: Rows>(call: &mut Call<'_, R>, put: &PutApp) -> Result<O
     });
     let row = stentor_proto::internal::AppRow { keys: keys.collect() };
     call.rows.put(app_key(app), row.into());
-    Ok(changed(call))
+    Ok(Outcome::Done)
 }
 
-/// Adds a broker or replaces its addresses; its incarnation never goes back.
+/// Adds a broker or replaces its addresses. Its incarnation never goes back, and after the first one it is one that was
+/// given. A higher one takes the places of the one before in every shard that has committed; one that never has keeps
+/// its first members, since another set of them could begin it a second time.
 pub(crate) fn put_broker<R: Rows>(call: &mut Call<'_, R>, put: &PutBroker) -> Result<Outcome, ApplyError> {
     let text = |b: &[u8]| !b.is_empty() && b.len() <= limits::MAX_META_TEXT_BYTES && is_text(b);
     if put.broker == 0 || put.incarnation == 0 || ![&put.name, &put.peer, &put.api].into_iter().all(|b| text(b)) {
         return Ok(Outcome::refused(Reason::Malformed));
     }
     let key = broker_key(put.broker);
-    let before = state::read::<BrokerRow>(call.rows, &key)?.and_then(|row| row.broker.as_ref());
-    if before.is_some_and(|before| put.incarnation < before.incarnation) {
+    let before = state::read::<BrokerRow>(call.rows, &key)?.cloned();
+    let (last, given) = before.as_ref().map_or((0, put.incarnation), numbers);
+    if put.incarnation < last || put.incarnation > given {
         return Ok(Outcome::refused(Reason::WrongVersion));
     }
-    if before == Some(put) {
+    if before.is_some_and(|before| before.broker.as_ref() == Some(put)) {
         return Ok(Outcome::Done);
     }
+    // Everything is read before anything is written.
+    let placement = state::read::<PlacementRow>(call.rows, &placement_key())?.cloned();
     let broker = PutBroker {
         name: state::own(&put.name),
         peer: state::own(&put.peer),
         api: state::own(&put.api),
         ..put.clone()
     };
-    call.rows.put(key, BrokerRow { broker: Some(broker) }.into());
-    Ok(changed(call))
+    call.rows.put(key, BrokerRow { broker: Some(broker), given }.into());
+    if let Some(mut placement) = placement.filter(|_| last != 0 && put.incarnation > last) {
+        let successor = ReplicaId { broker: BrokerId(put.broker), incarnation: Incarnation(put.incarnation) };
+        for placed in placement.shards.iter_mut().filter(|placed| placed.initialized) {
+            replace(placed, successor);
+        }
+        placement.version += 1;
+        call.rows.put(placement_key(), placement.into());
+    }
+    Ok(Outcome::Done)
+}
+
+/// The incarnation that a broker has, and the last one that was given to a directory of it.
+pub fn numbers(row: &BrokerRow) -> (u32, u32) {
+    let current = row.broker.as_ref().map_or(0, |put| put.incarnation);
+    (current, current.max(row.given))
+}
+
+/// A newer directory of a broker takes the place of an older one. True: there was one.
+fn replace(placed: &mut ShardPlacement, successor: ReplicaId) -> bool {
+    let older = |id: &&mut u64| {
+        let replica = ReplicaId::from_u64(**id);
+        replica.broker == successor.broker && replica.incarnation < successor.incarnation
+    };
+    placed.replicas.iter_mut().find(older).map(|id| *id = successor.to_u64()).is_some()
 }
 
 /// Replaces the placement if nobody has since `expect_version`. A shard that was initialized stays so.
@@ -123,21 +147,55 @@ pub(crate) fn put_placement<R: Rows>(call: &mut Call<'_, R>, put: &PutPlacement)
         shard.initialized |= before.shards.iter().any(|old| old.shard == shard.shard && old.initialized);
     }
     call.rows.put(key, PlacementRow { version, shards }.into());
-    Ok(changed(call))
+    Ok(Outcome::Done)
 }
 
-/// Notes a shard's first commit. The version stays: callers route by it, and nothing that they route by has changed.
+/// Notes a shard's first commit, and gives places of lost directories to their successors: until now nobody could have
+/// filled them.
 pub(crate) fn mark_initialized<R: Rows>(call: &mut Call<'_, R>, mark: &MarkInitialized) -> Result<Outcome, ApplyError> {
     let key = placement_key();
-    let place = state::read::<PlacementRow>(call.rows, &key)?
-        .and_then(|row| row.shards.iter().position(|shard| ShardId(shard.shard) == ShardId(mark.shard)));
-    let Some(place) = place else { return Ok(Outcome::refused(Reason::UnknownShard)) };
-    let row = state::change::<PlacementRow>(call.rows, &key)?;
-    match row.shards.get_mut(place) {
-        Some(shard) if !shard.initialized => shard.initialized = true,
-        _ => return Ok(Outcome::Done),
+    let shard = ShardId(mark.shard);
+    let before = state::read::<PlacementRow>(call.rows, &key)?.cloned().unwrap_or_default();
+    let Some(place) = before.shards.iter().position(|placed| ShardId(placed.shard) == shard) else {
+        return Ok(Outcome::refused(Reason::UnknownShard));
+    };
+    if before.shards[place].initialized {
+        return Ok(Outcome::Done);
     }
-    Ok(changed(call))
+    let mut placed = ShardPlacement { initialized: true, ..before.shards[place].clone() };
+    let mut replaced = false;
+    for replica in before.shards[place].replicas.iter().map(|&id| ReplicaId::from_u64(id)) {
+        let row = state::read::<BrokerRow>(call.rows, &broker_key(replica.broker.0))?;
+        let incarnation = Incarnation(row.map_or(0, |row| numbers(row).0));
+        replaced |= replace(&mut placed, ReplicaId { incarnation, ..replica });
+    }
+    let row = state::change::<PlacementRow>(call.rows, &key)?;
+    if let Some(now) = row.shards.get_mut(place) {
+        *now = placed;
+    }
+    // Otherwise the version stays: callers route by it, and nothing that they route by has changed.
+    row.version += u64::from(replaced);
+    Ok(Outcome::Done)
+}
+
+/// Gives an empty directory of a broker the next incarnation, once. It takes nobody's place yet: the number may never
+/// reach a disk.
+pub(crate) fn join_broker<R: Rows>(call: &mut Call<'_, R>, join: &JoinBroker) -> Result<Outcome, ApplyError> {
+    let Some(cluster) = state::read::<ClusterRow>(call.rows, &cluster_key())? else {
+        return Ok(Outcome::refused(Reason::Unavailable));
+    };
+    if cluster.cluster_id != join.cluster_id {
+        return Ok(Outcome::refused(Reason::WrongCluster));
+    }
+    let key = broker_key(join.broker);
+    let Some(given) = state::read::<BrokerRow>(call.rows, &key)?.map(|row| numbers(row).1) else {
+        return Ok(Outcome::refused(Reason::UnknownBroker));
+    };
+    let Some(next) = given.checked_add(1).filter(|_| given == join.expect_given) else {
+        return Ok(Outcome::refused(Reason::WrongVersion));
+    };
+    state::change::<BrokerRow>(call.rows, &key)?.given = next;
+    Ok(Outcome::Joined { incarnation: Incarnation(next) })
 }
 
 fn is_text(bytes: &[u8]) -> bool {

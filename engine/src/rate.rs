@@ -88,16 +88,42 @@ impl<K: Ord> Buckets<K> {
         if let Some(bucket) = self.buckets.get_mut(&key) {
             return bucket.take(rate, cost, now_ms);
         }
-        if self.buckets.len() >= self.sweep_at {
-            self.buckets.retain(|_, bucket| !bucket.is_full(rate, now_ms));
-            self.sweep_at = (self.buckets.len() * 2).max(SWEEP_AT);
-        }
+        self.sweep(now_ms);
         let mut bucket = Bucket::new(rate, now_ms);
         let is_enough = bucket.take(rate, cost, now_ms);
         if self.buckets.len() < self.most {
             self.buckets.insert(key, bucket);
         }
         is_enough
+    }
+
+    /// Takes a caller's bucket out, for one who keeps it himself for a while.
+    pub fn lend(&mut self, key: &K, now_ms: u64) -> Bucket {
+        self.buckets.remove(key).unwrap_or_else(|| Bucket::new(self.rate, now_ms))
+    }
+
+    /// Takes back what was lent; forgets it at once if it says nothing, or too many are remembered. Of two of one caller
+    /// the emptier counts.
+    pub fn give_back(&mut self, key: K, mut bucket: Bucket, now_ms: u64) {
+        self.sweep(now_ms);
+        if bucket.is_full(self.rate, now_ms) {
+            return;
+        }
+        if let Some(known) = self.buckets.get_mut(&key) {
+            if known.level > bucket.level {
+                *known = bucket;
+            }
+        } else if self.buckets.len() < self.most {
+            self.buckets.insert(key, bucket);
+        }
+    }
+
+    fn sweep(&mut self, now_ms: u64) {
+        if self.buckets.len() >= self.sweep_at {
+            let rate = self.rate;
+            self.buckets.retain(|_, bucket| !bucket.is_full(rate, now_ms));
+            self.sweep_at = (self.buckets.len() * 2).max(SWEEP_AT);
+        }
     }
 
     /// How many callers are remembered.
@@ -154,7 +180,8 @@ mod tests {
                 earned += rate.per_s * pause_ms;
                 let cost = (earned - spent) / 1_000;
                 spent += cost * 1_000;
-                if cost <= rate.burst {
+                // What was earned before a whole one was spent may have found a full bucket.
+                if cost < rate.burst {
                     prop_assert!(bucket.take(rate, cost, now_ms));
                 }
             }
@@ -169,9 +196,10 @@ mod tests {
             for (now_ms, cost, owes) in steps {
                 if owes {
                     bucket.charge(rate, cost, now_ms);
-                } else if bucket.take(rate, cost, now_ms) {
-                    prop_assert!(cost <= burst.max(u64::MAX / 1_000));
+                } else {
+                    bucket.take(rate, cost, now_ms);
                 }
+                prop_assert!(bucket.level <= milli(burst) && bucket.level >= -milli(burst));
             }
         }
     }
@@ -201,5 +229,11 @@ mod tests {
         }
         assert_eq!(buckets.len(), 100);
         assert!(!buckets.take(5, 1, 0), "who is remembered is held");
+        let mut spent = buckets.lend(&5, 0);
+        assert!(!spent.take(rate, 1, 0) && buckets.take(5, 1, 0), "what is lent is not here");
+        buckets.give_back(5, spent, 0);
+        assert!(!buckets.take(5, 1, 0));
+        buckets.give_back(6, Bucket::new(rate, 0), 0);
+        assert_eq!(buckets.len(), 100, "a full one is not kept");
     }
 }

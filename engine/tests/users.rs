@@ -23,9 +23,10 @@ use stentor_engine::{
 };
 use stentor_proto::{
     ids::{
-        AppId, ApplyLevel, BrokerId, ConversationId, DeviceId, Incarnation, ReplicaId, Seq, SessionNo, StampMs, UserId,
+        AppId, ApplyLevel, BrokerId, ConversationId, DeviceId, Incarnation, ReplicaId, SendNo, Seq, SessionNo, StampMs,
+        UserId,
     },
-    internal::{Command, PutBroker, UserConversationRow},
+    internal::{Command, JoinBroker, PutBroker, ShardPlacement, UserConversationRow, command::Op},
     reason::Reason,
 };
 
@@ -321,8 +322,7 @@ fn brokers() -> Vec<ReplicaId> {
 fn the_meta_shard_checks_versions() {
     let mut shard = Shard::default();
     assert_eq!(shard.apply(&command::put_cluster("one", 4)), Outcome::Done);
-    assert_eq!(shard.effects, [Effect::MetaChanged]);
-    assert_eq!((shard.apply(&command::put_cluster("one", 4)), shard.effects.len()), (Outcome::Done, 0));
+    assert_eq!(shard.apply(&command::put_cluster("one", 4)), Outcome::Done);
     assert_eq!(shard.apply(&command::put_cluster("two", 4)), Outcome::refused(Reason::AlreadyExists));
 
     let plan = placement::plan(&brokers(), 4, 3).unwrap();
@@ -349,11 +349,86 @@ fn a_brokers_incarnation_never_goes_back() {
         command::put_broker(put)
     };
     assert_eq!(shard.apply(&broker(2)), Outcome::Done);
-    assert_eq!((shard.apply(&broker(2)), shard.effects.len()), (Outcome::Done, 0));
+    assert_eq!(shard.apply(&broker(2)), Outcome::Done);
     assert_eq!(shard.apply(&broker(1)), Outcome::refused(Reason::WrongVersion));
-    assert_eq!(shard.apply(&broker(3)), Outcome::Done);
+    assert_eq!(shard.apply(&broker(3)), Outcome::refused(Reason::WrongVersion), "nobody was given this one");
     assert_eq!(shard.apply(&broker(0)), Outcome::refused(Reason::Malformed));
     assert_eq!(shard.apply(&command::put_app(&app(), vec![])), Outcome::Done);
     let keys = vec![Default::default(); limits::MAX_SIGNING_KEYS + 1];
     assert_eq!(shard.apply(&command::put_app(&app(), keys)), Outcome::refused(Reason::Malformed));
+}
+
+fn join(broker: u32, expect_given: u32) -> Command {
+    command::join_broker(JoinBroker { broker, cluster_id: Bytes::from_static(b"one"), expect_given })
+}
+
+fn put(broker: u32, incarnation: u32) -> Command {
+    let text = Bytes::from(format!("127.0.0.1:{incarnation}"));
+    let (name, peer, api) = (Bytes::from_static(b"broker"), text.clone(), text);
+    command::put_broker(PutBroker { broker, name, peer, api, incarnation })
+}
+
+fn founded() -> Shard {
+    let mut shard = Shard::default();
+    assert_eq!(shard.apply(&join(3, 1)), Outcome::refused(Reason::Unavailable), "there is no cluster yet");
+    assert_eq!(shard.apply(&command::put_cluster("one", 4)), Outcome::Done);
+    assert_eq!(shard.apply(&join(3, 1)), Outcome::refused(Reason::UnknownBroker), "there are no brokers yet");
+    for broker in 1..=3 {
+        assert_eq!(shard.apply(&put(broker, 1)), Outcome::Done);
+    }
+    let plan = placement::plan(&brokers(), 4, 3).unwrap();
+    assert_eq!(shard.apply(&command::put_placement(plan, 0)), Outcome::Done);
+    shard
+}
+
+/// The placement's version, and the incarnation of broker 3 in each shard.
+fn places(shard: &mut Shard) -> (u64, Vec<u32>) {
+    let Some(Row::Placement(row)) = shard.rows.get(&meta::placement_key()).unwrap() else { panic!() };
+    let third = |placed: &ShardPlacement| {
+        let replicas = placed.replicas.iter().map(|&id| ReplicaId::from_u64(id));
+        let broker = |r: &ReplicaId| r.broker == BrokerId(3);
+        replicas.clone().find(broker).unwrap().incarnation.0 * replicas.filter(broker).count() as u32
+    };
+    (row.version, row.shards.iter().map(third).collect())
+}
+
+const LATE: Outcome = Outcome::Refused { reason: Reason::WrongVersion, last: SendNo(0) };
+
+#[test]
+fn an_incarnation_is_given_once() {
+    let mut shard = founded();
+    let given = |incarnation| Outcome::Joined { incarnation: Incarnation(incarnation) };
+    assert_eq!(shard.apply(&join(3, 1)), given(2));
+    assert_eq!(shard.apply(&join(3, 1)), LATE, "a late copy gets nothing");
+    assert_eq!(shard.apply(&join(3, 2)), given(3), "the second one was never written to a directory");
+    assert_eq!(shard.apply(&put(3, 3)), Outcome::Done);
+    assert_eq!(shard.apply(&join(3, 2)), LATE);
+    assert_eq!(shard.apply(&join(3, 3)), given(4));
+    assert_eq!(shard.apply(&put(3, 3)), Outcome::Done, "addresses may change without a new directory");
+    assert_eq!(shard.apply(&join(3, 3)), LATE, "and nothing is given again");
+    assert_eq!(shard.apply(&join(4, 0)), Outcome::refused(Reason::UnknownBroker));
+    let mut foreign = join(3, 4);
+    let Some(Op::JoinBroker(op)) = &mut foreign.op else { panic!() };
+    op.cluster_id = Bytes::from_static(b"two");
+    assert_eq!(shard.apply(&foreign), Outcome::refused(Reason::WrongCluster));
+}
+
+#[test]
+fn a_new_directory_takes_the_places_of_the_one_before() {
+    let mut shard = founded();
+    for n in [0, 1, 2] {
+        assert_eq!(shard.apply(&command::mark_initialized(n)), Outcome::Done);
+    }
+    shard.apply(&join(3, 1));
+    assert_eq!(places(&mut shard), (1, vec![1; 5]), "a number alone changes nothing");
+    assert_eq!(shard.apply(&put(3, 2)), Outcome::Done);
+    assert_eq!(places(&mut shard), (2, vec![2, 2, 2, 1, 1]), "shards without a commit keep their first members");
+    assert_eq!(shard.apply(&put(3, 2)), Outcome::Done);
+    assert_eq!(shard.apply(&put(3, 1)), LATE);
+    assert_eq!(shard.apply(&put(3, 3)), LATE, "nobody was given this one");
+    assert_eq!(places(&mut shard), (2, vec![2, 2, 2, 1, 1]));
+    assert_eq!(shard.apply(&command::mark_initialized(3)), Outcome::Done);
+    assert_eq!(places(&mut shard), (3, vec![2, 2, 2, 2, 1]), "the first commit frees the place");
+    assert_eq!(shard.apply(&command::mark_initialized(3)), Outcome::Done);
+    assert_eq!(places(&mut shard).0, 3);
 }

@@ -210,6 +210,7 @@ fn commands() -> Vec<Vec<u8>> {
         command::put_broker(Default::default()),
         command::put_placement(vec![Default::default()], 0),
         command::mark_initialized(1),
+        command::join_broker(Default::default()),
     ]
     .iter()
     .map(|command| command.encode_to_vec())

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
-use stentor_engine::limits;
+use stentor_engine::{limits, rate::Rate};
 use stentor_proto::{frame, ids::BrokerId};
 use stentor_transport::tls::TlsFiles;
 use thiserror::Error;
@@ -42,6 +42,9 @@ pub struct GatewayConfig {
     pub brokers: Vec<BrokerAddress>,
     /// This node's certificate and the CA that signed it.
     pub tls: TlsFiles,
+    /// Takes tokens that are signed with development keys. `dev` and `cluster` say so; production does not.
+    #[serde(default)]
+    pub development: bool,
     /// Bounds that an operator may move.
     #[serde(default)]
     pub limits: GatewayLimits,
@@ -72,6 +75,37 @@ pub struct GatewayLimits {
     pub max_body_bytes: usize,
     /// How long devices may take to reconnect elsewhere while this gateway drains, in ms.
     pub drain_ms: u32,
+    /// Sends of one device.
+    pub sends: RateLimit,
+    /// Bytes of these frames.
+    pub send_bytes: RateLimit,
+    /// Calls, subscriptions and cursor moves of one connection, in frames.
+    pub calls: RateLimit,
+    /// Sessions that one user opens.
+    pub sessions: RateLimit,
+}
+
+/// How often something may be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// In a second, in the long run.
+    pub per_s: u64,
+    /// At once, after a rest.
+    pub burst: u64,
+}
+
+impl RateLimit {
+    pub(crate) fn rate(self) -> Rate {
+        let Self { per_s, burst } = self;
+        Rate { per_s, burst }
+    }
+}
+
+impl From<Rate> for RateLimit {
+    fn from(Rate { per_s, burst }: Rate) -> Self {
+        Self { per_s, burst }
+    }
 }
 
 impl Default for GatewayLimits {
@@ -81,6 +115,10 @@ impl Default for GatewayLimits {
             max_frame_bytes: frame::DEFAULT_MAX_BYTES,
             max_body_bytes: frame::DEFAULT_MAX_BYTES - limits::FRAME_OVERHEAD_BYTES,
             drain_ms: 5_000,
+            sends: limits::DEVICE_SENDS.into(),
+            send_bytes: limits::DEVICE_SEND_BYTES.into(),
+            calls: limits::CONNECTION_CALLS.into(),
+            sessions: limits::USER_SESSIONS.into(),
         }
     }
 }
@@ -114,6 +152,16 @@ impl GatewayConfig {
         }
         if bounds.max_frame_bytes > limits::MAX_CLIENT_FRAME_BYTES {
             return contradiction(format!("`max_frame_bytes` is at most {}", limits::MAX_CLIENT_FRAME_BYTES));
+        }
+        for (name, rate, least) in [
+            ("sends", bounds.sends, 1),
+            ("send_bytes", bounds.send_bytes, bounds.max_frame_bytes as u64),
+            ("calls", bounds.calls, 1),
+            ("sessions", bounds.sessions, 1),
+        ] {
+            if rate.per_s == 0 || rate.burst < least {
+                return contradiction(format!("`{name}` must allow at least 1 a second and {least} at once"));
+            }
         }
         Ok(())
     }
@@ -190,6 +238,10 @@ key = "g.key"
         assert_eq!(config.brokers[0].broker, BrokerId(1));
         let again = GatewayConfig::from_toml(&toml::to_string(&config).unwrap()).unwrap();
         assert_eq!(again.limits.max_body_bytes, config.limits.max_body_bytes);
+        assert_eq!(again.limits.send_bytes, config.limits.send_bytes);
+        assert!(!again.development, "production unless told");
+        let slow = GatewayConfig::from_toml(&format!("{GOOD}\n[limits.sends]\nper_s = 3\nburst = 5")).unwrap();
+        assert_eq!(slow.limits.sends, RateLimit { per_s: 3, burst: 5 });
     }
 
     #[test]
@@ -209,6 +261,8 @@ key = "g.key"
         assert!(bad(GOOD.replace("broker = 1", "broker = 0")));
         assert!(bad(format!("{GOOD}\n[limits]\nmax_body_bytes = 65536")));
         assert!(bad(format!("{GOOD}\n[limits]\nmax_frame_bytes = 99999999")));
+        assert!(bad(format!("{GOOD}\n[limits.sends]\nper_s = 0\nburst = 5")));
+        assert!(bad(format!("{GOOD}\n[limits.send_bytes]\nper_s = 9\nburst = 65535")));
         assert!(matches!(GatewayConfig::from_toml("name = 3"), Err(ConfigError::Malformed(_))));
     }
 

@@ -6,7 +6,11 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use hashbrown::{HashMap, hash_map::Entry};
 use parking_lot::Mutex;
-use stentor_engine::{limits, placement::SlotMap};
+use stentor_engine::{
+    limits,
+    placement::SlotMap,
+    rate::{Bucket, Buckets},
+};
 use stentor_proto::{
     Bytes,
     ids::{AppId, BrokerId, ConversationId, DeviceId, Seq, SessionNo, ShardId, UserId},
@@ -17,7 +21,7 @@ use stentor_transport::{Host, token::Keys};
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
-    config::GatewayConfig,
+    config::{GatewayConfig, GatewayLimits},
     fanout::{Place, Topic},
     inbox::Inbox,
     link::Links,
@@ -40,11 +44,29 @@ struct View {
 }
 
 /// One device of one user.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Who {
     pub(crate) app: AppId,
     pub(crate) user: UserId,
     pub(crate) device: DeviceId,
+}
+
+/// What devices and users have spent of their rates lately.
+struct Rates {
+    sessions: Buckets<(AppId, UserId)>,
+    sends: Buckets<Who>,
+    send_bytes: Buckets<Who>,
+}
+
+impl Rates {
+    fn new(limits: &GatewayLimits) -> Self {
+        let most = limits::RATES_REMEMBERED;
+        Self {
+            sessions: Buckets::new(limits.sessions.rate(), most),
+            sends: Buckets::new(limits.sends.rate(), most),
+            send_bytes: Buckets::new(limits.send_bytes.rate(), most),
+        }
+    }
 }
 
 /// See the module.
@@ -61,6 +83,7 @@ pub(crate) struct Core {
     keys: ArcSwap<Keys>,
     placed: watch::Sender<bool>,
     sessions: Mutex<HashMap<Who, (SessionNo, Arc<Inbox>)>>,
+    rates: Mutex<Rates>,
     started: Instant,
 }
 
@@ -68,6 +91,7 @@ impl Core {
     pub(crate) fn new(config: GatewayConfig, host: Host, metrics: Arc<Metrics>) -> Self {
         let links = Links::new(config.brokers.iter().map(|b| b.broker));
         Self {
+            rates: Mutex::new(Rates::new(&config.limits)),
             config,
             host,
             metrics,
@@ -139,7 +163,7 @@ impl Core {
         }
         let next = Arc::new(View { cluster_id: view.cluster_id, shards, places, slots });
         self.view.store(next.clone());
-        self.keys.store(Arc::new(Keys::new(view.apps)));
+        self.keys.store(Arc::new(Keys::new(view.apps, self.config.development)));
         let around = self.around(&next);
         for (id, shard) in &next.shards {
             let leader = view.leaders.iter().find(|hint| hint.shard == id.0).map(|hint| BrokerId(hint.broker));
@@ -269,6 +293,29 @@ impl Core {
     /// Whether no proposal waits for an answer.
     pub(crate) fn is_idle(&self) -> bool {
         self.view.load().shards.values().all(|shard| shard.lock().is_idle())
+    }
+
+    /// Whether a user may open one more session here now.
+    pub(crate) fn may_open(&self, who: &Who) -> Result<(), Reason> {
+        let user = (who.app.clone(), who.user.clone());
+        if self.rates.lock().sessions.take(user, 1, self.now_ms()) {
+            return Ok(());
+        }
+        self.metrics.rate_limited.inc();
+        Err(Reason::RateLimited)
+    }
+
+    /// What a device has left of its sends and their bytes, for its session to keep.
+    pub(crate) fn lend_rates(&self, who: &Who) -> (Bucket, Bucket) {
+        let (mut rates, now_ms) = (self.rates.lock(), self.now_ms());
+        (rates.sends.lend(who, now_ms), rates.send_bytes.lend(who, now_ms))
+    }
+
+    /// Takes back what [`Self::lend_rates`] gave.
+    pub(crate) fn return_rates(&self, who: &Who, sends: Bucket, send_bytes: Bucket) {
+        let (mut rates, now_ms) = (self.rates.lock(), self.now_ms());
+        rates.sends.give_back(who.clone(), sends, now_ms);
+        rates.send_bytes.give_back(who.clone(), send_bytes, now_ms);
     }
 
     /// A session was opened: it ends an older one of its device on this gateway. Refused when it is the older one.

@@ -40,7 +40,7 @@ pub(crate) enum Purpose {
     /// The session's fencing number.
     OpenSession,
     /// A send.
-    Send { conversation: String, send_no: u64 },
+    Send { shard: ShardId, conversation: String, send_no: u64 },
     /// Cursor moves, to be confirmed to the device.
     Cursors { moves: Moves },
     /// Heads for cursor moves in conversations that have no stream here.

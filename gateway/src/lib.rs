@@ -30,7 +30,7 @@ use stentor_transport::{
 use thiserror::Error;
 use tokio::{sync::oneshot, task::JoinSet, time::timeout};
 
-pub use config::{BrokerAddress, ConfigError, GatewayConfig, GatewayLimits};
+pub use config::{BrokerAddress, ConfigError, GatewayConfig, GatewayLimits, RateLimit};
 
 use crate::{core::Core, metrics::Metrics};
 

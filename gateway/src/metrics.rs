@@ -43,6 +43,8 @@ metrics! {
     sessions: Level;
     /// Streams of conversations to sessions
     subscriptions: Level;
+    /// Those of them that only wait for the next event, and cost a few bytes each
+    resting_subscriptions: Level;
     /// Events that came from brokers as live
     live_events: Counter;
     /// Events that sessions got live
@@ -55,6 +57,8 @@ metrics! {
     sends: Counter;
     /// Sends that were refused
     refused_sends: Counter;
+    /// Sends, calls and sessions that were refused because they came too fast
+    rate_limited: Counter;
     /// Calls that devices made
     calls: Counter;
     /// Times that a shard's leader was looked for elsewhere

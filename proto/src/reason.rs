@@ -90,6 +90,8 @@ reasons! {
     UnknownShard = 81, "UNKNOWN_SHARD", false, "there is no such shard";
     NotBuilt = 82, "NOT_BUILT", false, "this version cannot do that yet";
     Damaged = 83, "DAMAGED", false, "stored bytes do not match their checksum; the replica was stopped";
+    UnknownBroker = 84, "UNKNOWN_BROKER", false, "the cluster has no broker of this number";
+    BrokerInUse = 85, "BROKER_IN_USE", false, "a broker of this number lives, with another directory";
 }
 
 impl Reason {

@@ -24,6 +24,7 @@ use crate::{
     cache::{Drained, Layer},
     db::Db,
     exec::{Exec, Worker},
+    quarantine::Quarantine,
     shard::ShardCore,
     store::{Failure, StoreConfig, StoreError},
     wal,
@@ -67,15 +68,17 @@ impl Checkpoints {
     pub(crate) fn start(
         exec: Exec,
         db: &Arc<Db>,
-        failed: &watch::Sender<Option<Failure>>,
+        (failed, quarantine): (&watch::Sender<Option<Failure>>, &Arc<Quarantine>),
         delay: Duration,
     ) -> io::Result<(Self, [Worker; 2])> {
         let stats = Arc::new(CheckpointStats::default());
         // Never more than one cut per open shard, and one flush per cut.
         let (write, write_rx) = mpsc::unbounded_channel();
         let (flush, flush_rx) = mpsc::unbounded_channel();
-        let writer = Writer { db: db.clone(), failed: failed.clone(), stats: stats.clone() };
-        let flusher = Flusher { db: db.clone(), failed: failed.clone(), stats: stats.clone(), delay };
+        let writer =
+            Writer { db: db.clone(), failed: failed.clone(), quarantine: quarantine.clone(), stats: stats.clone() };
+        let quarantine = quarantine.clone();
+        let flusher = Flusher { db: db.clone(), failed: failed.clone(), quarantine, stats: stats.clone(), delay };
         let workers = [exec.spawn("checkpoint", writer.run(write_rx))?, exec.spawn("flush", flusher.run(flush_rx))?];
         Ok((Self { write, flush, stats }, workers))
     }
@@ -109,6 +112,7 @@ impl Checkpoints {
 struct Writer {
     db: Arc<Db>,
     failed: watch::Sender<Option<Failure>>,
+    quarantine: Arc<Quarantine>,
     stats: Arc<CheckpointStats>,
 }
 
@@ -127,6 +131,7 @@ impl Writer {
                 drain(&core);
                 self.stats.checkpoints.fetch_add(1, Relaxed);
             }
+            core.thawed.notify_waiters();
             // Whoever asked may be gone: the rows are written all the same.
             let _ = done.send(result);
         }
@@ -146,7 +151,8 @@ impl Writer {
         let key = RowKey::applied(job.core.shard);
         batch.put(key.as_bytes(), Row::from(job.row.clone()).encode(&key));
         self.stats.unflushed.fetch_add(batch.size_in_bytes() as u64, Relaxed);
-        self.db.write(batch).map_err(|error| Failure {
+        let written = self.db.write(batch).inspect_err(|error| self.quarantine.judge(error));
+        written.map_err(|error| Failure {
             what: format!("writing a checkpoint of shard {} failed: {error}", job.core.shard),
         })
     }
@@ -168,12 +174,12 @@ fn drain(core: &ShardCore) {
             Drained::Nothing => break,
         }
     }
-    core.thawed.notify_waiters();
 }
 
 struct Flusher {
     db: Arc<Db>,
     failed: watch::Sender<Option<Failure>>,
+    quarantine: Arc<Quarantine>,
     stats: Arc<CheckpointStats>,
     delay: Duration,
 }
@@ -228,7 +234,7 @@ impl Flusher {
         self.stats.unflushed.store(0, Relaxed);
         let flushed = self.db.flush().await;
         self.stats.flushes.fetch_add(1, Relaxed);
-        flushed.map_err(|error| {
+        flushed.inspect_err(|error| self.quarantine.judge(error)).map_err(|error| {
             let failure = Failure { what: format!("flushing the state failed: {error}") };
             wal::fail(&self.failed, &failure);
             failure

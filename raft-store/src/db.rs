@@ -1,7 +1,7 @@
 //! The seam around RocksDB: exactly what this crate asks of an instance, answered by RocksDB or by its twin in memory.
 //! Must never decide anything: what is written, and when, is decided above.
 
-use std::ops::Deref;
+use std::{io, ops::Deref};
 
 use bytes::Bytes;
 use rocksdb::{DB, FlushOptions, WriteBatch, WriteOptions};
@@ -21,7 +21,7 @@ pub(crate) enum Instance {
     State,
 }
 
-/// Why an instance refuses.
+/// Why a disk refuses.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(crate) enum DbError {
     /// Bytes on disk are not what was written.
@@ -30,6 +30,16 @@ pub(crate) enum DbError {
     /// Anything else: it is unknown what reached the disk.
     #[error("{0}")]
     Io(String),
+}
+
+impl From<io::Error> for DbError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            // Files of ours are whole when they have their name.
+            io::ErrorKind::UnexpectedEof => Self::Corrupt("a file is cut short".into()),
+            _ => Self::Io(error.to_string()),
+        }
+    }
 }
 
 impl From<rocksdb::Error> for DbError {

@@ -154,7 +154,13 @@ impl Disk {
             Instance::State => (dir.join("state"), options::state(create)),
         };
         match self {
-            Self::Real => open_rocks(path, &options),
+            Self::Real => open_rocks(path, &options).map_err(|error| match error {
+                // The whole directory is to be given up, not this part of it.
+                OpenError::Corrupt { dir: part, what } => {
+                    OpenError::Corrupt { dir: dir.to_path_buf(), what: format!("{}: {what}", part.display()) }
+                }
+                other => other,
+            }),
             Self::Memory(life) => match life.open_table(&path, instance, create) {
                 Ok(db) => Ok(Db::Memory(db)),
                 Err(error) => Err(OpenError::Io { dir: path, source: io::Error::other(error) }),

@@ -24,9 +24,9 @@ use crate::{
     disk::Disk,
     shard::{self, ShardCore, ShardState},
     snapshot::{SnapshotReceiver, SnapshotRows, Source, Staged, rows_of},
-    store::{Failure, Parts, StoreError},
+    store::{Parts, StoreError},
     types::SnapshotMeta,
-    wal::{self, Op},
+    wal::Op,
 };
 
 const FORMAT: u8 = 1;
@@ -104,6 +104,7 @@ pub(crate) async fn install(
     meta: &SnapshotMeta,
     snapshot: SnapshotRows,
 ) -> Result<(), StoreError> {
+    parts.check()?;
     let (shard, applied) = (core.shard, snapshot.applied().clone());
     let damaged = |what: String| StoreError::Damaged { shard, what };
     if snapshot.meta().map_err(|e| damaged(e.to_string()))?.last_log_id != meta.last_log_id {
@@ -111,7 +112,7 @@ pub(crate) async fn install(
     }
     let staged = stage(core, parts, snapshot).await?;
     let closed = core.gate.clone().write_owned().await;
-    quiesce(core).await;
+    quiesce(core, parts).await?;
     // Truncations and votes that were queued before must not come after.
     core.log.send_and_wait(|done| Op::Barrier { done }).await?;
     let manifest = Manifest {
@@ -130,16 +131,12 @@ pub(crate) async fn install(
         write_manifest(&work.disk, &work.install_dir, &manifest)?;
         replace(&work.state_db, &work.disk, &work.install_dir, &manifest)?;
         finish(&work.disk, &work.install_dir, shard)?;
-        reload(&target, &work)
+        reload(&target, &work).map_err(DbError::Corrupt)
     });
     let result = replaced.await.map_err(|_| StoreError::Closed)?;
     core.installing.store(false, Relaxed);
     core.thawed.notify_waiters();
-    result.map_err(|what| {
-        let failure = Failure { what: format!("installing a snapshot of shard {shard}: {what}") };
-        wal::fail(&parts.failed, &failure);
-        StoreError::Failed(failure)
-    })
+    result.map_err(|what| parts.fail(format!("installing a snapshot of shard {shard}: {what}")))
 }
 
 async fn stage(core: &ShardCore, parts: &Parts, mut snapshot: SnapshotRows) -> Result<Staged, StoreError> {
@@ -151,8 +148,7 @@ async fn stage(core: &ShardCore, parts: &Parts, mut snapshot: SnapshotRows) -> R
     let path = rows_path(&parts.install_dir, shard);
     let applied = snapshot.applied().clone();
     let claim = core.staging.clone().lock_owned().await;
-    let receiver = SnapshotReceiver::create(core, &parts.disk, &path, applied, claim);
-    let mut receiver = receiver.map_err(|e| damaged(format!("staging a snapshot: {e}")))?;
+    let mut receiver = SnapshotReceiver::create(core, parts, &path, applied, claim)?;
     while let Some(chunk) = snapshot.next_chunk().await.map_err(|e| damaged(e.to_string()))? {
         receiver.push(chunk).await?;
     }
@@ -163,51 +159,50 @@ async fn stage(core: &ShardCore, parts: &Parts, mut snapshot: SnapshotRows) -> R
 }
 
 /// Waits until no cut is being written, and lets none begin.
-async fn quiesce(core: &ShardCore) {
+async fn quiesce(core: &ShardCore, parts: &Parts) -> Result<(), StoreError> {
     core.installing.store(true, Relaxed);
     loop {
         // Registered before looking, so that no wake-up falls between.
         let thawed = core.thawed.notified();
+        parts.check()?;
         if core.state.lock().cache.frozen().is_none() {
-            return;
+            return Ok(());
         }
         thawed.await;
     }
 }
 
-fn write_manifest(disk: &Disk, dir: &Path, manifest: &Manifest) -> Result<(), String> {
-    let words = |e: io::Error| e.to_string();
+fn write_manifest(disk: &Disk, dir: &Path, manifest: &Manifest) -> io::Result<()> {
     let (path, under_way) = (manifest_path(dir, manifest.shard), dir.join(format!("{}.tmp", manifest.shard)));
-    let mut file = disk.create(&under_way).map_err(words)?;
-    file.write_all(&manifest.encode()).map_err(words)?;
-    file.sync_all().map_err(words)?;
+    let mut file = disk.create(&under_way)?;
+    file.write_all(&manifest.encode())?;
+    file.sync_all()?;
     // Under its own name it is always whole.
-    disk.rename(&under_way, &path).map_err(words)?;
-    disk.sync_dir(dir).map_err(words)
+    disk.rename(&under_way, &path)?;
+    disk.sync_dir(dir)
 }
 
 /// From the wipe on; repeatable. The applied row goes first and comes last.
-fn replace(db: &Db, disk: &Disk, dir: &Path, manifest: &Manifest) -> Result<(), String> {
-    let words = |e: DbError| e.to_string();
+fn replace(db: &Db, disk: &Disk, dir: &Path, manifest: &Manifest) -> Result<(), DbError> {
     let key = RowKey::applied(manifest.shard);
     let mut unsaid = db.batch();
     unsaid.delete(key.as_bytes());
-    db.write(unsaid).map_err(words)?;
-    db.flush_now().map_err(words)?;
+    db.write(unsaid)?;
+    db.flush_now()?;
     let mut wipe = db.batch();
     let (from, end) = shard::key_range(&manifest.slots);
     wipe.delete_range(from, end);
-    db.write(wipe).map_err(words)?;
+    db.write(wipe)?;
     copy_rows(db, disk, dir, manifest)?;
-    db.flush_now().map_err(words)?;
+    db.flush_now()?;
     let mut said = db.batch();
     said.put(key.as_bytes(), Row::from(manifest.applied.clone()).encode(&key));
-    db.write(said).map_err(words)?;
-    db.flush_now().map_err(words)
+    db.write(said)?;
+    db.flush_now()
 }
 
-fn copy_rows(db: &Db, disk: &Disk, dir: &Path, manifest: &Manifest) -> Result<(), String> {
-    let mut file = disk.open_file(&rows_path(dir, manifest.shard)).map_err(|e| e.to_string())?;
+fn copy_rows(db: &Db, disk: &Disk, dir: &Path, manifest: &Manifest) -> Result<(), DbError> {
+    let mut file = disk.open_file(&rows_path(dir, manifest.shard))?;
     let (mut crc, mut rows) = (crc32fast::Hasher::new(), 0);
     let mut left = manifest.bytes;
     let mut buffer = Vec::new();
@@ -215,7 +210,7 @@ fn copy_rows(db: &Db, disk: &Disk, dir: &Path, manifest: &Manifest) -> Result<()
         let had = buffer.len();
         let more = usize::try_from(left).unwrap_or(usize::MAX).min(limits::SNAPSHOT_MAX_CHUNK_BYTES);
         buffer.resize(had + more, 0);
-        file.read_exact(&mut buffer[had..]).map_err(|e| format!("staged rows: {e}"))?;
+        file.read_exact(&mut buffer[had..])?;
         crc.update(&buffer[had..]);
         left -= more as u64;
         let mut batch = db.batch();
@@ -232,23 +227,25 @@ fn copy_rows(db: &Db, disk: &Disk, dir: &Path, manifest: &Manifest) -> Result<()
             }
         }
         if used == 0 {
-            return Err("staged rows are damaged".into());
+            return Err(DbError::Corrupt("staged rows are damaged".into()));
         }
-        db.write(batch).map_err(|e| e.to_string())?;
+        db.write(batch)?;
         buffer.drain(..used);
     }
     if crc.finalize() != manifest.crc || rows != manifest.row_count {
-        return Err("staged rows are not those of their manifest".into());
+        return Err(DbError::Corrupt("staged rows are not those of their manifest".into()));
     }
     Ok(())
 }
 
-fn finish(disk: &Disk, dir: &Path, shard: ShardId) -> Result<(), String> {
-    disk.remove_file(&manifest_path(dir, shard)).map_err(|e| e.to_string())?;
-    disk.sync_dir(dir).map_err(|e| e.to_string())?;
+fn finish(disk: &Disk, dir: &Path, shard: ShardId) -> io::Result<()> {
+    disk.remove_file(&manifest_path(dir, shard))?;
+    disk.sync_dir(dir)?;
     // A file without a manifest means nothing; the next snapshot overwrites it.
-    let _ = disk.remove_file(&rows_path(dir, shard));
-    Ok(())
+    match disk.remove_file(&rows_path(dir, shard)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
 }
 
 fn reload(core: &ShardCore, parts: &Parts) -> Result<(), String> {
@@ -271,14 +268,14 @@ fn reload(core: &ShardCore, parts: &Parts) -> Result<(), String> {
 }
 
 /// Finishes what a crash has cut off, before anybody reads: called by `open`.
-pub(crate) fn resume(db: &Db, disk: &Disk, dir: &Path, incarnation: Incarnation) -> Result<(), String> {
-    disk.create_dir_all(dir).map_err(|e| e.to_string())?;
-    for path in disk.list(dir).map_err(|e| e.to_string())? {
+pub(crate) fn resume(db: &Db, disk: &Disk, dir: &Path, incarnation: Incarnation) -> Result<(), DbError> {
+    disk.create_dir_all(dir)?;
+    for path in disk.list(dir)? {
         if path.extension().is_none_or(|extension| extension != MANIFEST) {
             continue;
         }
-        let manifest = Manifest::decode(&disk.read(&path).map_err(|e| e.to_string())?)?;
-        let applied = shard::applied_row(db, manifest.shard)?;
+        let manifest = Manifest::decode(&disk.read(&path)?).map_err(DbError::Corrupt)?;
+        let applied = shard::applied_row(db, manifest.shard).map_err(DbError::Corrupt)?;
         let there = applied.is_some_and(|row| {
             row.applied_any && (row.term, row.index) >= (manifest.applied.term, manifest.applied.index)
         });

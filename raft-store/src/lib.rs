@@ -20,6 +20,7 @@ pub mod machine;
 pub mod memory;
 mod open;
 mod options;
+mod quarantine;
 pub mod reader;
 pub mod runtime;
 mod shard;
@@ -39,6 +40,7 @@ pub use open::{open, open_in_memory};
 pub use reader::{AppliedView, ReadError, ShardReader};
 pub use snapshot::{RowChunk, SnapshotReceiver, SnapshotRows};
 pub use store::{
-    ApplyHook, Failure, Identity, META_SLOTS, OpenError, Shard, ShardPosition, Stats, Store, StoreConfig, StoreError,
+    ApplyHook, Failure, Identity, META_SLOTS, OpenError, REBUILD, Shard, ShardPosition, Stats, Store, StoreConfig,
+    StoreError,
 };
 pub use verify::ReplicaReport;

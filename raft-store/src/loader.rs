@@ -10,6 +10,7 @@ use crate::{
     apply::Job,
     db::Db,
     exec::{Exec, Worker},
+    reader::{ReadError, io_error},
     shard::ShardCore,
 };
 
@@ -91,6 +92,9 @@ impl LoadThread {
         loop {
             let generation = core.state.lock().cache.generation();
             let read = self.read(&request.keys);
+            if let Err(ReadError::Damaged(what)) = &read {
+                core.log.condemn(what);
+            }
             let mut state = core.state.lock();
             match read {
                 Ok(rows) => {
@@ -102,23 +106,21 @@ impl LoadThread {
                         return;
                     }
                 }
-                Err(what) => {
-                    state.stopped.get_or_insert(what);
+                Err(error) => {
+                    state.stopped.get_or_insert(error.to_string());
                     return;
                 }
             }
         }
     }
 
-    fn read(&self, keys: &[RowKey]) -> Result<Vec<(RowKey, Option<Row>)>, String> {
+    fn read(&self, keys: &[RowKey]) -> Result<Vec<(RowKey, Option<Row>)>, ReadError> {
         let values = self.db.multi_get(keys.iter().map(RowKey::as_bytes));
         keys.iter()
             .zip(values)
             .map(|(key, value)| {
-                let bad = |what: String| format!("row {key:?}: {what}");
-                let value = value.map_err(|e| bad(e.to_string()))?;
-                let row = value.map(|value| Row::decode(key.as_bytes(), &value)).transpose();
-                Ok((key.clone(), row.map_err(|e| bad(e.to_string()))?))
+                let row = value.map_err(io_error)?.map(|value| Row::decode(key.as_bytes(), &value)).transpose();
+                Ok((key.clone(), row.map_err(|e| ReadError::Damaged(format!("row {key:?}: {e}")))?))
             })
             .collect()
     }

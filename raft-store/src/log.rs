@@ -20,9 +20,10 @@ use stentor_proto::{ids::ShardId, internal};
 use tokio::sync::{oneshot, watch};
 
 use crate::{
-    db::{Db, KeyRange},
+    db::{Db, DbError, KeyRange},
     exec::Exec,
     logkey::{self, LogKind},
+    reader::{ReadError, io_error},
     store::{Failure, StoreError},
     tail::{Tail, TailRead},
     types::{BundleBytes, RaftLogEntry, RaftLogId, TypeConfig, Vote},
@@ -98,6 +99,11 @@ impl LogCore {
     /// Entries up to here are applied: the tail may let go of them.
     pub(crate) fn applied_to(&self, index: u64) {
         self.mem.lock().tail.applied_to(index);
+    }
+
+    /// The last entry that is not kept any more.
+    pub(crate) fn purged(&self) -> Option<RaftLogId> {
+        self.mem.lock().tail.purged()
     }
 
     /// The ticket of the last queued operation.
@@ -204,15 +210,49 @@ impl LogCore {
                 return Err(damaged(format!("log of shard {} has a hole before {index}", self.shard)));
             }
             bytes += value.len();
-            entries.push(wire::decode_entry(self.shard, index, &Bytes::copy_from_slice(value)).map_err(damaged)?);
+            let entry = wire::decode_entry(self.shard, index, &Bytes::copy_from_slice(value));
+            entries.push(entry.map_err(|e| self.damaged(&e.to_string()))?);
             if limit.is_some_and(|(count, max)| entries.len() >= count || bytes >= max) {
                 complete = index + 1 == end;
                 break;
             }
             iter.next();
         }
-        iter.status().map_err(io::Error::other)?;
+        iter.status().map_err(|error| match error {
+            DbError::Corrupt(what) => self.damaged(&what),
+            DbError::Io(what) => io::Error::other(what),
+        })?;
         Ok((entries, complete))
+    }
+
+    /// Stored bytes of this shard are not what was written.
+    pub(crate) fn condemn(&self, what: &str) {
+        self.wal.condemn(&format!("shard {}: {what}", self.shard));
+    }
+
+    fn damaged(&self, what: &str) -> io::Error {
+        self.condemn(what);
+        damaged(what)
+    }
+
+    /// Reads every entry on disk, and checks it. Blocks on the disk.
+    pub(crate) fn verify(&self) -> Result<(), ReadError> {
+        let (from, end) = (logkey::entry(self.shard, 0), logkey::entry(self.shard, u64::MAX));
+        let mut iter = self.db.iter(KeyRange::new(from, end).once());
+        let mut last: Option<u64> = None;
+        iter.seek(from);
+        while let Some((key, value)) = iter.item() {
+            let index = logkey::index_of(self.shard, key);
+            let index = index.ok_or_else(|| ReadError::Damaged("a log key has a wrong length".into()))?;
+            wire::decode_entry(self.shard, index, &Bytes::copy_from_slice(value))
+                .map_err(|e| ReadError::Damaged(format!("entry {index} of the log: {e}")))?;
+            if last.is_some_and(|last| last + 1 != index) {
+                return Err(ReadError::Contradiction(format!("the log has a hole before entry {index}")));
+            }
+            last = Some(index);
+            iter.next();
+        }
+        iter.status().map_err(io_error)
     }
 }
 

@@ -49,10 +49,11 @@ impl ShardMachine {
     fn cut(&self) -> Option<Checkpoint> {
         let (core, parts) = (self.core.clone(), self.parts.clone());
         let mut state = self.core.state.lock();
-        if let Some(what) = &state.stopped {
-            let cut = Err(what.clone());
+        // A frozen set that the disk refused stays frozen: nobody must wait for its end.
+        let stopped = state.stopped.clone().or_else(|| parts.check().err().map(|error| error.to_string()));
+        if let Some(what) = stopped {
             drop(state);
-            return Some(Checkpoint { core, parts, cut: Some(cut) });
+            return Some(Checkpoint { core, parts, cut: Some(Err(what)) });
         }
         if core.installing.load(Relaxed) {
             return None;

@@ -80,10 +80,17 @@ pub(crate) struct Platter {
     sync_delay: Duration,
     faults: DiskFaults,
     operations: u64,
-    cut_at: Option<u64>,
+    end_at: Option<(u64, End)>,
     fail_at: Option<(u64, DiskError)>,
     pub(crate) tables: BTreeMap<(PathBuf, Instance), Table>,
     pub(crate) files: Files,
+}
+
+/// How a process ends that is not asked.
+#[derive(Debug, Clone, Copy)]
+enum End {
+    Cut,
+    Kill,
 }
 
 /// What an operation does, for faults.
@@ -130,8 +137,11 @@ impl Platter {
     pub(crate) fn operation(&mut self, life: u64, step: Step) -> io::Result<()> {
         self.alive(life)?;
         self.operations += 1;
-        if self.cut_at == Some(self.operations) {
-            self.cut();
+        if let Some((_, end)) = self.end_at.take_if(|(at, _)| *at == self.operations) {
+            match end {
+                End::Cut => self.cut(),
+                End::Kill => self.kill(),
+            }
             return Err(off());
         }
         if let Some((_, error)) = self.fail_at.take_if(|(at, _)| *at == self.operations) {
@@ -142,6 +152,11 @@ impl Platter {
             Step::Sync => self.faults.sync_fails,
         };
         if self.chance(probability) { Err(self.faults.error.into()) } else { Ok(()) }
+    }
+
+    pub(crate) fn table(&mut self, key: &(PathBuf, Instance)) -> io::Result<&mut Table> {
+        let missing = || io::Error::new(io::ErrorKind::NotFound, "the database is not there");
+        self.tables.get_mut(key).ok_or_else(missing)
     }
 
     pub(crate) fn honesty(&mut self) -> Honesty {
@@ -159,7 +174,7 @@ impl Platter {
 
     fn cut(&mut self) {
         self.life += 1;
-        self.cut_at = None;
+        self.end_at = None;
         let mut tables = std::mem::take(&mut self.tables);
         tables.values_mut().for_each(|table| table.cut(self));
         self.tables = tables;
@@ -170,6 +185,7 @@ impl Platter {
 
     fn kill(&mut self) {
         self.life += 1;
+        self.end_at = None;
         let mut tables = std::mem::take(&mut self.tables);
         for ((_, instance), table) in &mut tables {
             match instance {
@@ -194,7 +210,7 @@ impl MemoryDisk {
             sync_delay: Duration::ZERO,
             faults: DiskFaults::default(),
             operations: 0,
-            cut_at: None,
+            end_at: None,
             fail_at: None,
             tables: BTreeMap::new(),
             files: Files::default(),
@@ -229,6 +245,14 @@ impl MemoryDisk {
         self.shared.platter.lock().faults = faults;
     }
 
+    /// No fault, and no end, is ahead any more.
+    pub fn heal(&self) {
+        let mut platter = self.shared.platter.lock();
+        platter.faults = DiskFaults::default();
+        platter.fail_at = None;
+        platter.end_at = None;
+    }
+
     /// Operations that changed the disk so far: writes, fsyncs, flushes, creations, renames, removals.
     pub fn operations(&self) -> u64 {
         self.shared.platter.lock().operations
@@ -237,7 +261,13 @@ impl MemoryDisk {
     /// The power goes in place of the `n`th operation from now, counted from 1.
     pub fn cut_power_at(&self, n: u64) {
         let mut platter = self.shared.platter.lock();
-        platter.cut_at = Some(platter.operations + n);
+        platter.end_at = Some((platter.operations + n, End::Cut));
+    }
+
+    /// The process is killed in place of the `n`th operation from now, counted from 1.
+    pub fn kill_process_at(&self, n: u64) {
+        let mut platter = self.shared.platter.lock();
+        platter.end_at = Some((platter.operations + n, End::Kill));
     }
 
     /// The `n`th operation from now, counted from 1, fails.
@@ -304,13 +334,11 @@ impl Life {
     pub(crate) fn open_table(&self, dir: &Path, instance: Instance, create: bool) -> Result<table::MemoryDb, DbError> {
         let key = (dir.to_path_buf(), instance);
         self.with(|platter, _| {
-            if !create && !platter.tables.contains_key(&key) {
-                return Err(io::Error::new(io::ErrorKind::NotFound, "the database is not there"));
+            if create {
+                platter.tables.entry(key.clone()).or_default();
             }
-            platter.tables.entry(key.clone()).or_default();
-            Ok(())
-        })
-        .map_err(|e| DbError::Io(e.to_string()))?;
+            platter.table(&key).map(drop)
+        })?;
         Ok(table::MemoryDb::new(self.clone(), key))
     }
 }

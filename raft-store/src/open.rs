@@ -18,13 +18,14 @@ use tokio::{
 use crate::{
     apply::{self, ApplyStats},
     checkpoint::Checkpoints,
-    db::{Db, Instance},
+    db::{Db, DbError, Instance},
     disk::{Disk, Lock},
     identity::{self, Found},
     install,
     loader::Loader,
     logkey,
     memory::MemoryDisk,
+    quarantine::{self, Quarantine},
     store::{ApplyHook, Identity, OpenError, Opened, Parts, Store, StoreConfig},
     synced::SyncedFile,
     wal::Wal,
@@ -57,6 +58,9 @@ fn open_on(disk: Disk, config: StoreConfig, on_applied: Arc<dyn ApplyHook>) -> R
     let corrupt = |what: String| OpenError::Corrupt { dir: dir.clone(), what };
     disk.create_dir_all(&dir).map_err(io_error)?;
     let lock = disk.lock(&dir)?;
+    if let Some(what) = quarantine::noted(&disk, &dir).map_err(io_error)? {
+        return Err(corrupt(what));
+    }
     let (identity, new) = match identity::read(&disk, &dir).map_err(io_error)? {
         Found::New => (None, true),
         Found::Known(identity) => (identity, false),
@@ -67,7 +71,11 @@ fn open_on(disk: Disk, config: StoreConfig, on_applied: Arc<dyn ApplyHook>) -> R
     let log_db = Arc::new(disk.open_db(&dir, Instance::Log, new)?);
     let state_db = Arc::new(disk.open_db(&dir, Instance::State, new)?);
     let side = SyncedFile::open(&disk, &dir.join("synced")).map_err(io_error)?;
-    let position = position(&log_db).map_err(corrupt)?;
+    let disk_error = |error| match error {
+        DbError::Corrupt(what) => corrupt(what),
+        DbError::Io(what) => io_error(io::Error::other(what)),
+    };
+    let position = position(&log_db).map_err(disk_error)?;
     let synced = side.read().map_err(io_error)?.map_err(corrupt)?;
     if position < synced {
         return Err(corrupt(format!("the log recovers to batch {position}, but batch {synced} was fsynced")));
@@ -80,15 +88,16 @@ fn open_on(disk: Disk, config: StoreConfig, on_applied: Arc<dyn ApplyHook>) -> R
     }
     let install_dir = dir.join("install");
     let incarnation = identity.as_ref().map_or(Incarnation(0), |identity: &Identity| identity.incarnation);
-    install::resume(&state_db, &disk, &install_dir, incarnation).map_err(corrupt)?;
+    install::resume(&state_db, &disk, &install_dir, incarnation).map_err(disk_error)?;
     start(disk, config, on_applied, lock, log_db, state_db, side, position, identity).map_err(io_error)
 }
 
 /// The batch that the log recovered to; 0 for a new one.
-fn position(db: &Db) -> Result<u64, String> {
-    let Some(value) = db.get(logkey::POSITION).map_err(|e| e.to_string())? else { return Ok(0) };
-    let bytes = logkey::unseal(&logkey::POSITION, &value)?;
-    bytes.try_into().map(u64::from_be_bytes).map_err(|_| "the log's position has a wrong length".into())
+fn position(db: &Db) -> Result<u64, DbError> {
+    let Some(value) = db.get(logkey::POSITION)? else { return Ok(0) };
+    let bytes = logkey::unseal(&logkey::POSITION, &value).map_err(DbError::Corrupt)?;
+    let long = |_| DbError::Corrupt("the log's position has a wrong length".into());
+    bytes.try_into().map(u64::from_be_bytes).map_err(long)
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -106,10 +115,12 @@ fn start(
     let failed = watch::Sender::new(None);
     let epoch = Instant::now();
     let exec = disk.exec();
-    let (wal, wal_worker) = Wal::start(exec, log_db.clone(), side, position, failed.clone())?;
+    let quarantine = Arc::new(Quarantine::new(&disk, &config.dir, &failed));
+    let (wal, wal_worker) = Wal::start(exec, log_db.clone(), side, position, (failed.clone(), quarantine.clone()))?;
     // Many shards' checkpoints share a flush; a tenth of the interval keeps them durable in time.
     let delay = (config.checkpoint_interval / 10).min(Duration::from_secs(1));
-    let (checkpoints, [checkpoint_worker, flush_worker]) = Checkpoints::start(exec, &state_db, &failed, delay)?;
+    let (checkpoints, [checkpoint_worker, flush_worker]) =
+        Checkpoints::start(exec, &state_db, (&failed, &quarantine), delay)?;
     let (apply, apply_rx) = mpsc::channel(limits::APPLY_QUEUE_JOBS);
     let (loader, load_worker) = Loader::start(exec, state_db.clone(), apply.downgrade())?;
     let apply_stats = Arc::new(ApplyStats::default());

@@ -34,6 +34,9 @@ pub enum ReadError {
     /// Stored bytes are not what was written: the disk is at fault, and this replica must be rebuilt.
     #[error("stored bytes are damaged: {0}")]
     Damaged(String),
+    /// Stored rows contradict each other though each is what was written: a fault of ours, or rows are lost.
+    #[error("stored rows contradict each other: {0}")]
+    Contradiction(String),
     /// The disk refused to read.
     #[error("the disk cannot be read: {0}")]
     Io(String),
@@ -87,7 +90,11 @@ impl ShardReader {
         let (core, db) = (self.core.clone(), self.parts.state_db.clone());
         let read = move || {
             let _open = open;
-            read(&core, &db)
+            read(&core, &db).inspect_err(|error| {
+                if let ReadError::Damaged(what) = error {
+                    core.log.condemn(what);
+                }
+            })
         };
         self.parts.disk.exec().run(read).await.map_err(|_| ReadError::Stopped)?
     }
@@ -305,7 +312,7 @@ impl Collect {
         // An entity's key is a row's key without its kind and what follows.
         let mut key = conversation.as_bytes().to_vec();
         key.push(Kind::Conversation as u8);
-        let parts = KeyParts::of(&key).ok_or_else(|| ReadError::Damaged("no entity has such a key".into()))?;
+        let parts = KeyParts::of(&key).ok_or_else(|| ReadError::Contradiction("no entity has such a key".into()))?;
         let crc = key_crc(parts.app, parts.id);
         Ok(Self { want, crc, next: want.from, bytes: 0, events: Vec::new() })
     }
@@ -385,7 +392,7 @@ fn events(core: &ShardCore, db: &Db, conversation: &Entity, want: Want) -> Resul
         let block = Block::parse(key, value).map_err(ReadError::Damaged)?;
         if block.first() > collect.next {
             let what = format!("events {}..{} are missing", collect.next, block.first());
-            return Err(ReadError::Damaged(what));
+            return Err(ReadError::Contradiction(what));
         }
         while !collect.full() && collect.next < disk_end {
             let Some(event) = block.record(collect.next) else { break };
@@ -397,7 +404,7 @@ fn events(core: &ShardCore, db: &Db, conversation: &Entity, want: Want) -> Resul
     }
     iter.status().map_err(io_error)?;
     if memory_first.is_some_and(|first| collect.next < first && collect.next <= want.to) && !collect.full() {
-        return Err(ReadError::Damaged(format!("events from {} on are missing", collect.next)));
+        return Err(ReadError::Contradiction(format!("events from {} on are missing", collect.next)));
     }
     for event in memory {
         if collect.full() || !collect.take(event)? {

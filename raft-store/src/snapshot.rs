@@ -19,9 +19,8 @@ use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 use crate::{
     blocks::Block,
     db::{Iter, KeyRange},
-    disk::{Disk, DiskFile},
-    exec::Exec,
-    reader::ReadError,
+    disk::DiskFile,
+    reader::{ReadError, io_error},
     shard::{self, ShardCore},
     store::{Parts as StoreParts, StoreError},
     types::SnapshotMeta,
@@ -70,7 +69,7 @@ impl SnapshotRows {
         let (head, head_rx) = oneshot::channel();
         let (begin, begin_rx) = oneshot::channel();
         let (chunks, chunks_rx) = mpsc::channel(2);
-        let (db, shard, slots) = (parts.state_db.clone(), core.shard, core.slots.clone());
+        let (db, log, shard, slots) = (parts.state_db.clone(), core.log.clone(), core.shard, core.slots.clone());
         // Nobody waits for it: it ends with whoever holds the other end.
         let _worker = parts.disk.exec().spawn("snapshot", async move {
             let snapshot = db.snapshot();
@@ -88,6 +87,9 @@ impl SnapshotRows {
             let (from, end) = shard::key_range(&slots);
             let iter = snapshot.iter(KeyRange::new(from, end).once());
             if let Err(error) = send_rows(iter, &chunks).await {
+                if let ReadError::Damaged(what) = &error {
+                    log.condemn(what);
+                }
                 // Whoever received may be gone.
                 let _ = chunks.send(Err(error)).await;
             }
@@ -149,7 +151,7 @@ async fn send_rows(mut iter: Iter<'_>, chunks: &Chunks) -> Result<(), ReadError>
         }
         iter.next();
     }
-    iter.status().map_err(|e| ReadError::Io(e.to_string()))?;
+    iter.status().map_err(io_error)?;
     send_chunk(chunks, &mut rows, row_count, true).await
 }
 
@@ -198,9 +200,17 @@ pub(crate) fn rows_of(mut chunk: &[u8]) -> impl Iterator<Item = Result<(&[u8], &
 /// Takes a snapshot's chunks from a peer and stages them on disk.
 pub struct SnapshotReceiver {
     staging: Staging,
-    exec: Exec,
+    parts: StoreParts,
     applied: AppliedRow,
     done: bool,
+}
+
+fn staging(error: &io::Error) -> String {
+    format!("staging a snapshot failed: {error}")
+}
+
+fn refused_before(shard: ShardId) -> StoreError {
+    StoreError::Damaged { shard, what: "an earlier chunk of this snapshot was refused".into() }
 }
 
 /// The file under way; moves to a blocking thread and back.
@@ -217,20 +227,25 @@ struct Staging {
 impl SnapshotReceiver {
     pub(crate) fn create(
         core: &ShardCore,
-        disk: &Disk,
+        parts: &StoreParts,
         path: &Path,
         applied: AppliedRow,
         claim: OwnedMutexGuard<()>,
-    ) -> io::Result<Self> {
-        let file = Some(disk.create(path)?);
+    ) -> Result<Self, StoreError> {
+        parts.check()?;
+        let file = Some(parts.disk.create(path).map_err(|e| parts.fail(staging(&e)))?);
         let staged = Staged { bytes: 0, crc: 0, row_count: 0, claim: Arc::new(claim) };
         let crc = crc32fast::Hasher::new();
         let (shard, slots) = (core.shard, core.slots.clone());
         let staging = Staging { shard, slots, file, staged, crc, last_key: Vec::new() };
-        Ok(Self { staging, exec: disk.exec(), applied, done: false })
+        Ok(Self { staging, parts: parts.clone(), applied, done: false })
     }
 
-    /// Verifies and stages one chunk. Refused: the stream must be abandoned.
+    /// Verifies and stages one chunk.
+    ///
+    /// # Errors
+    /// The stream must be abandoned: [`StoreError::Damaged`] when the chunk is not what a healthy peer sends;
+    /// [`StoreError::Failed`] when the disk refuses.
     pub async fn push(&mut self, chunk: RowChunk) -> Result<(), StoreError> {
         let shard = self.staging.shard;
         let damaged = |what: String| StoreError::Damaged { shard, what };
@@ -239,25 +254,27 @@ impl SnapshotReceiver {
         }
         let last = chunk.last;
         // The file and its hash go along and come back: no lock, and no blocking write on this thread.
-        let mut staging = self.staging.take();
-        let work = move || staging.push(&chunk).map(|()| staging);
-        let back = self.exec.run(work).await.map_err(|_| StoreError::Closed)?;
-        self.staging = back.map_err(damaged)?;
+        let (mut staging, parts) = (self.staging.take(), self.parts.clone());
+        let work = move || staging.push(&chunk, &parts).map(|()| staging);
+        self.staging = self.parts.disk.exec().run(work).await.map_err(|_| StoreError::Closed)??;
         self.done = last;
         Ok(())
     }
 
     /// After the last chunk: what to give to `Raft::install_full_snapshot`.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] without a last chunk; [`StoreError::Failed`] when the disk refuses.
     pub async fn finish(self) -> Result<SnapshotRows, StoreError> {
         let shard = self.staging.shard;
         let damaged = |what: String| StoreError::Damaged { shard, what };
         if !self.done {
             return Err(damaged("the snapshot ended before its last chunk".into()));
         }
-        let staging = self.staging;
-        let work = move || staging.finish();
-        let staged = self.exec.run(work).await.map_err(|_| StoreError::Closed)?;
-        Ok(SnapshotRows { applied: self.applied, source: Source::Staged(staged.map_err(damaged)?) })
+        let (staging, parts) = (self.staging, self.parts.clone());
+        let work = move || staging.finish(&parts);
+        let staged = self.parts.disk.exec().run(work).await.map_err(|_| StoreError::Closed)??;
+        Ok(SnapshotRows { applied: self.applied, source: Source::Staged(staged) })
     }
 
     /// What to tell openraft about this snapshot, besides its rows.
@@ -279,7 +296,18 @@ impl Staging {
         }
     }
 
-    fn push(&mut self, chunk: &RowChunk) -> Result<(), String> {
+    fn push(&mut self, chunk: &RowChunk, parts: &StoreParts) -> Result<(), StoreError> {
+        let shard = self.shard;
+        self.judge(chunk).map_err(|what| StoreError::Damaged { shard, what })?;
+        parts.check()?;
+        self.crc.update(&chunk.rows);
+        self.staged.bytes += chunk.rows.len() as u64;
+        let file = self.file.as_mut().ok_or_else(|| refused_before(shard))?;
+        file.write_all(&chunk.rows).map_err(|e| parts.fail(staging(&e)))
+    }
+
+    /// Whether a chunk is what a healthy peer sends next.
+    fn judge(&mut self, chunk: &RowChunk) -> Result<(), String> {
         if chunk.rows.len() > limits::SNAPSHOT_MAX_CHUNK_BYTES {
             return Err("a chunk is longer than any may be".into());
         }
@@ -300,15 +328,13 @@ impl Staging {
         if self.staged.row_count != chunk.row_count {
             return Err(format!("{} rows came, {} were announced", self.staged.row_count, chunk.row_count));
         }
-        self.crc.update(&chunk.rows);
-        self.staged.bytes += chunk.rows.len() as u64;
-        let file = self.file.as_mut().ok_or("an earlier chunk of this snapshot was refused")?;
-        file.write_all(&chunk.rows).map_err(|e| format!("staging a snapshot: {e}"))
+        Ok(())
     }
 
-    fn finish(self) -> Result<Staged, String> {
-        let file = self.file.ok_or("an earlier chunk of this snapshot was refused")?;
-        file.sync_all().map_err(|e| format!("staging a snapshot: {e}"))?;
+    fn finish(self, parts: &StoreParts) -> Result<Staged, StoreError> {
+        parts.check()?;
+        let file = self.file.ok_or_else(|| refused_before(self.shard))?;
+        file.sync_all().map_err(|e| parts.fail(staging(&e)))?;
         Ok(Staged { crc: self.crc.finalize(), ..self.staged })
     }
 }

@@ -40,7 +40,7 @@ use crate::{
     shard::{ShardCore, ShardState},
     snapshot::SnapshotReceiver,
     types::RaftLogId,
-    wal::{Op, Wal},
+    wal::{self, Op, Wal},
 };
 
 /// The meta shard's place among the slots.
@@ -91,6 +91,9 @@ pub struct Identity {
     pub incarnation: Incarnation,
 }
 
+/// What to do with a damaged directory, for people.
+pub const REBUILD: &str = "delete the directory and start again: it joins empty, and gets its replicas from the others";
+
 /// Why a directory cannot be opened. Nothing in it was changed.
 #[derive(Debug, Error)]
 pub enum OpenError {
@@ -109,7 +112,7 @@ pub enum OpenError {
     },
     /// Bytes on disk are not what was written: the disk is at fault. The broker's replicas must come back empty, under
     /// a new incarnation, from their peers.
-    #[error("{dir} is damaged: {what}")]
+    #[error("DAMAGED: {dir}: {what}; {REBUILD}")]
     Corrupt {
         /// The directory.
         dir: PathBuf,
@@ -251,6 +254,18 @@ impl Parts {
         self.epoch.elapsed().as_millis() as u64 + 1
     }
 
+    /// Publishes that the disk refused: from here on nothing is tried any more.
+    pub(crate) fn fail(&self, what: String) -> StoreError {
+        let failure = Failure { what };
+        wal::fail(&self.failed, &failure);
+        StoreError::Failed(failure)
+    }
+
+    /// Refuses when the disk has refused before.
+    pub(crate) fn check(&self) -> Result<(), StoreError> {
+        self.failed.borrow().clone().map_or(Ok(()), |failure| Err(StoreError::Failed(failure)))
+    }
+
     /// The directory's number; 0 while it has none.
     pub(crate) fn incarnation(&self) -> Incarnation {
         self.identity.lock().as_ref().map_or(Incarnation(0), |identity| identity.incarnation)
@@ -313,10 +328,10 @@ impl Store {
         match &*now {
             Some(found) if found == identity => return Ok(()),
             Some(found) => return Err(StoreError::OtherIdentity(found.clone())),
-            None => {}
+            None => self.parts.check()?,
         }
         identity::write(&self.parts.disk, &self.config.dir, Some(identity))
-            .map_err(|error| StoreError::Failed(Failure { what: format!("writing the identity: {error}") }))?;
+            .map_err(|error| self.parts.fail(format!("writing the identity: {error}")))?;
         *now = Some(identity.clone());
         Ok(())
     }
@@ -328,6 +343,7 @@ impl Store {
     /// Nothing changed but for [`StoreError::Failed`], after which the broker must stop.
     pub async fn shard(&self, shard: ShardId, slots: Range<u16>) -> Result<Shard, StoreError> {
         let _one = self.opening.lock().await;
+        self.parts.check()?;
         if self.shards.lock().contains_key(&shard) {
             return Err(StoreError::Open(shard));
         }
@@ -353,6 +369,11 @@ impl Store {
             log.send_and_wait(|done| Op::Slots { slots: slots.clone(), done }).await?;
         }
         let applied = state.progress.applied;
+        if log.purged() > applied {
+            // What lies between is in neither: a flush that was acknowledged is gone.
+            let purged = log.purged().map_or(0, |id| id.index);
+            return Err(damaged(format!("the log is purged up to {purged}, the state was applied up to {applied:?}")));
+        }
         log.applied_to(applied.map_or(0, |id| id.index));
         let core = Arc::new(ShardCore {
             shard,
@@ -470,13 +491,12 @@ impl Store {
     /// waits until the one before is installed or abandoned.
     ///
     /// # Errors
-    /// [`StoreError::UnknownShard`]; [`StoreError::Damaged`] when the staging file cannot be made. Nothing changed.
+    /// [`StoreError::UnknownShard`], and nothing changed; [`StoreError::Failed`] when the staging file cannot be made.
     pub async fn receive_snapshot(&self, shard: ShardId, applied: &AppliedRow) -> Result<SnapshotReceiver, StoreError> {
         let core = self.shards.lock().get(&shard).cloned().ok_or(StoreError::UnknownShard(shard))?;
         let path = install::rows_path(&self.parts.install_dir, shard);
         let claim = core.staging.clone().lock_owned().await;
-        SnapshotReceiver::create(&core, &self.parts.disk, &path, applied.clone(), claim)
-            .map_err(|e| StoreError::Damaged { shard, what: format!("staging a snapshot: {e}") })
+        SnapshotReceiver::create(&core, &self.parts, &path, applied.clone(), claim)
     }
 
     /// Whether nothing that was handed out (logs, machines, readers) is held any more: after [`Self::close`], dropping

@@ -55,6 +55,10 @@ fn damaged(what: impl Into<String>) -> ReadError {
     ReadError::Damaged(what.into())
 }
 
+fn contradiction(what: impl Into<String>) -> ReadError {
+    ReadError::Contradiction(what.into())
+}
+
 fn hash(key: &[u8], value: &[u8]) -> u64 {
     // Summed, so that the order and the shape of blocks do not matter.
     let crcs = u64::from(row_crc(key, value)) << 32 | u64::from(crc32fast::hash(value));
@@ -70,7 +74,7 @@ impl Totals {
 
     fn event(&mut self, entity: &[u8], seq: u64, event: &[u8]) -> Result<(), ReadError> {
         let head = [entity, &[Kind::Conversation as u8]].concat();
-        let parts = Parts::of(&head).ok_or_else(|| damaged("events under no key of ours"))?;
+        let parts = Parts::of(&head).ok_or_else(|| contradiction("events under no key of ours"))?;
         record::verify(event, key_crc(parts.app, parts.id))
             .map_err(|e| damaged(format!("event {seq} of {}: {e}", entity.escape_ascii())))?;
         self.events += 1;
@@ -83,7 +87,7 @@ impl Totals {
         let span = self.spans.entry(entity.to_vec()).or_default();
         if span.next != 0 && span.next != first {
             let what = format!("events {}..{first} of {} are missing", span.next, entity.escape_ascii());
-            return Err(damaged(what));
+            return Err(contradiction(what));
         }
         span.next = next;
         Ok(())
@@ -100,10 +104,10 @@ impl Totals {
         match self.spans.remove(entity) {
             Some(Span { next, head_next: Some(head) }) if next != head && !(next == 0 && head <= 1) => {
                 let what = format!("{} ends before {next}, its head says {head}", entity.escape_ascii());
-                Err(damaged(what))
+                Err(contradiction(what))
             }
             Some(Span { next: 1.., head_next: None }) => {
-                Err(damaged(format!("{} has events and no head", entity.escape_ascii())))
+                Err(contradiction(format!("{} has events and no head", entity.escape_ascii())))
             }
             _ => Ok(()),
         }
@@ -117,8 +121,9 @@ struct Memory {
     runs: BTreeMap<Vec<u8>, Vec<EventRun>>,
 }
 
-/// The whole read. Blocks on the disk.
+/// The whole read, the log's entries first. Blocks on the disk.
 pub(crate) fn verify(core: &ShardCore, db: &Db) -> Result<ReplicaReport, ReadError> {
+    core.log.verify()?;
     let (snapshot, memory, progress) = {
         let state = core.state.lock();
         if state.stopped.is_some() {
@@ -147,7 +152,7 @@ pub(crate) fn verify(core: &ShardCore, db: &Db) -> Result<ReplicaReport, ReadErr
         for run in runs {
             totals.span(entity, run.first(), run.next())?;
             for seq in run.first()..run.next() {
-                let event = run.record(seq).ok_or_else(|| damaged("a run lacks a record"))?;
+                let event = run.record(seq).ok_or_else(|| contradiction("a run lacks a record"))?;
                 totals.event(entity, seq, event)?;
             }
         }
@@ -155,7 +160,7 @@ pub(crate) fn verify(core: &ShardCore, db: &Db) -> Result<ReplicaReport, ReadErr
     let left: Vec<Vec<u8>> = totals.spans.keys().cloned().collect();
     left.iter().try_for_each(|entity| totals.judge(entity))?;
     if totals.events != progress.events {
-        return Err(damaged(format!("{} events are stored, {} were applied", totals.events, progress.events)));
+        return Err(contradiction(format!("{} events are stored, {} were applied", totals.events, progress.events)));
     }
     Ok(ReplicaReport {
         applied: progress.applied,
@@ -200,7 +205,7 @@ fn block(key: &[u8], value: &[u8], entity: &[u8], memory: &Memory, totals: &mut 
     }
     totals.span(entity, block.first(), block.next())?;
     for seq in block.first()..block.next() {
-        let event = block.record(seq).ok_or_else(|| damaged("a block lacks a record"))?;
+        let event = block.record(seq).ok_or_else(|| contradiction("a block lacks a record"))?;
         totals.event(entity, seq, &event)?;
     }
     Ok(())

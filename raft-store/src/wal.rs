@@ -13,6 +13,8 @@ use std::{
 use bytes::Bytes;
 use openraft::storage::IOFlushed;
 use stentor_engine::limits;
+#[cfg(feature = "planted")]
+use stentor_engine::planted::{Bug, is_planted};
 use stentor_proto::Message;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
@@ -21,6 +23,7 @@ use crate::{
     exec::{Exec, Worker},
     log::LogCore,
     logkey::{self, LogKind},
+    quarantine::Quarantine,
     store::{Failure, StoreError},
     synced::SyncedFile,
     types::{RaftLogId, TypeConfig, Vote},
@@ -83,6 +86,7 @@ pub(crate) struct Wal {
     tx: mpsc::Sender<Request>,
     room: Arc<Semaphore>,
     failed: watch::Sender<Option<Failure>>,
+    quarantine: Arc<Quarantine>,
     pub(crate) stats: Arc<WalStats>,
 }
 
@@ -93,15 +97,23 @@ impl Wal {
         db: Arc<Db>,
         side: SyncedFile,
         position: u64,
-        failed: watch::Sender<Option<Failure>>,
+        (failed, quarantine): (watch::Sender<Option<Failure>>, Arc<Quarantine>),
     ) -> io::Result<(Self, Worker)> {
         let (tx, rx) = mpsc::channel(limits::WAL_QUEUE_OPERATIONS);
         let room = Arc::new(Semaphore::new(limits::WAL_QUEUE_BYTES));
         let stats = Arc::new(WalStats::default());
-        let thread =
-            WalThread { db, side, position, rx, room: room.clone(), failed: failed.clone(), stats: stats.clone() };
+        let thread = WalThread {
+            db,
+            side,
+            position,
+            rx,
+            room: room.clone(),
+            failed: failed.clone(),
+            quarantine: quarantine.clone(),
+            stats: stats.clone(),
+        };
         let worker = exec.spawn("wal", thread.run())?;
-        Ok((Self { tx, room, failed, stats }, worker))
+        Ok((Self { tx, room, failed, quarantine, stats }, worker))
     }
 
     /// Waits for room.
@@ -133,6 +145,11 @@ impl Wal {
         self.failed.subscribe()
     }
 
+    /// Stored bytes are not what was written: the broker stops, and the directory is not used again.
+    pub(crate) fn condemn(&self, what: &str) {
+        self.quarantine.condemn(what);
+    }
+
     /// Why the queue takes no more.
     pub(crate) fn stopped(&self) -> StoreError {
         self.failed.borrow().clone().map_or(StoreError::Closed, StoreError::Failed)
@@ -146,6 +163,7 @@ struct WalThread {
     rx: mpsc::Receiver<Request>,
     room: Arc<Semaphore>,
     failed: watch::Sender<Option<Failure>>,
+    quarantine: Arc<Quarantine>,
     stats: Arc<WalStats>,
 }
 
@@ -200,9 +218,14 @@ impl WalThread {
         }
         let position = self.position + 1;
         batch.put(logkey::POSITION, logkey::seal(&logkey::POSITION, &position.to_be_bytes()));
+        #[cfg(feature = "planted")]
+        if is_planted(Bug::AcknowledgeBeforeFsync) && queued.iter().all(|q| matches!(q.op, Op::Append { .. })) {
+            return self.db.write(batch).map_err(|error| Failure { what: error.to_string() });
+        }
         self.db
             .write_synced(batch)
             .await
+            .inspect_err(|error| self.quarantine.judge(error))
             .map_err(|error| Failure { what: format!("writing and syncing the log failed: {error}") })?;
         self.position = position;
         self.side
@@ -217,14 +240,15 @@ impl WalThread {
 
 /// Publishes the first failure, loudly.
 pub(crate) fn fail(failed: &watch::Sender<Option<Failure>>, failure: &Failure) {
-    failed.send_if_modified(|now| {
+    let first = failed.send_if_modified(|now| {
         let first = now.is_none();
-        if first {
-            tracing::error!(%failure, "the store has failed; this broker must stop");
-            *now = Some(failure.clone());
-        }
+        now.get_or_insert_with(|| failure.clone());
         first
     });
+    // Afterwards: the log may be on the same full disk, and whatever comes of that, the broker must stop.
+    if first {
+        tracing::error!(%failure, "the store has failed; this broker must stop");
+    }
 }
 
 impl Queued {

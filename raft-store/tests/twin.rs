@@ -84,6 +84,7 @@ fn a_torn_cut_leaves_a_prefix_and_a_kill_leaves_what_was_written() {
     assert_eq!(left.into_iter().collect::<Vec<_>>(), [Some(9), Some(14)], "a batch is there or not, never half");
     simulate(1, async {
         let disk = MemoryDisk::new(1);
+        disk.set_torn(false);
         let _dead = in_the_middle_of_a_sync(&disk).await;
         disk.kill_process();
         let store = open_twin(&disk).unwrap();

@@ -71,12 +71,16 @@ pub struct Keys {
 
 impl Keys {
     /// The keys as the placement has them. One that cannot be used is left out with a warning: it must not lock out
-    /// the others.
-    pub fn new(apps: Vec<AppInfo>) -> Self {
+    /// the others. So are keys that are marked as made for development, unless `development` says that this is one.
+    pub fn new(apps: Vec<AppInfo>, development: bool) -> Self {
         let mut keys = BTreeMap::new();
         for app in apps {
             for key in &app.keys {
                 let kid = String::from_utf8_lossy(&key.kid).into_owned();
+                if key.dev && !development {
+                    tracing::warn!(app = app.app, kid, "a development key signs nothing here: development is off");
+                    continue;
+                }
                 match public_key(key) {
                     Some(public) => drop(keys.insert((app.app.clone(), kid), public)),
                     None => tracing::warn!(app = app.app, kid, "signing key cannot be used"),
@@ -220,7 +224,8 @@ mod tests {
     fn tokens_of_both_algorithms_say_who_calls() {
         let (private, public) = generate_key().unwrap();
         let ec = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
-        let keys = Keys::new(vec![app("a", "ed", "EdDSA", &public), app("b", "ec", "ES256", &ec.public_key_pem())]);
+        let keys =
+            Keys::new(vec![app("a", "ed", "EdDSA", &public), app("b", "ec", "ES256", &ec.public_key_pem())], true);
         assert_eq!(keys.verify(&mint(&private, "ed", &claims("a")).unwrap(), NOW_S), Ok(claims("a")));
         assert_eq!(keys.verify(&mint(&ec.serialize_pem(), "ec", &claims("b")).unwrap(), NOW_S), Ok(claims("b")));
         let backend = Claims { device: None, admin: true, ..claims("a") };
@@ -230,7 +235,7 @@ mod tests {
     #[test]
     fn an_expired_token_is_told_from_a_forged_one() {
         let ((private, public), (forger, _)) = (generate_key().unwrap(), generate_key().unwrap());
-        let keys = Keys::new(vec![app("a", "k", "EdDSA", &public)]);
+        let keys = Keys::new(vec![app("a", "k", "EdDSA", &public)], true);
         let token = mint(&private, "k", &claims("a")).unwrap();
         assert_eq!(keys.verify(&token, NOW_S + 59).map(|c| c.expires_s), Ok(NOW_S + 60));
         assert_eq!(keys.verify(&token, NOW_S + 60), Err(Reason::TokenExpired));
@@ -242,7 +247,7 @@ mod tests {
     #[test]
     fn a_public_key_is_no_secret() {
         let (_, public) = generate_key().unwrap();
-        let keys = Keys::new(vec![app("a", "k", "EdDSA", &public)]);
+        let keys = Keys::new(vec![app("a", "k", "EdDSA", &public)], true);
         let payload = Payload { app: "a".into(), sub: "u".into(), dev: None, adm: true, iat: NOW_S, exp: NOW_S + 60 };
         let der = keys.keys.values().next().unwrap().1.try_get_as_bytes().unwrap().to_vec();
         for secret in [public.as_bytes(), &der] {
@@ -256,7 +261,7 @@ mod tests {
     fn a_key_of_one_algorithm_takes_no_token_of_the_other() {
         let (_, public) = generate_key().unwrap();
         let ec = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
-        let keys = Keys::new(vec![app("a", "k", "EdDSA", &public)]);
+        let keys = Keys::new(vec![app("a", "k", "EdDSA", &public)], true);
         let token = mint(&ec.serialize_pem(), "k", &claims("a")).unwrap();
         assert_eq!(keys.verify(&token, NOW_S), Err(Reason::Unauthenticated));
     }
@@ -264,13 +269,13 @@ mod tests {
     #[test]
     fn unknown_keys_and_foreign_apps_are_refused() {
         let ((a, a_public), (b, b_public)) = (generate_key().unwrap(), generate_key().unwrap());
-        let keys = Keys::new(vec![app("a", "ka", "EdDSA", &a_public), app("b", "kb", "EdDSA", &b_public)]);
+        let keys = Keys::new(vec![app("a", "ka", "EdDSA", &a_public), app("b", "kb", "EdDSA", &b_public)], true);
         assert_eq!(keys.verify(&mint(&a, "nobody", &claims("a")).unwrap(), NOW_S), Err(Reason::Unauthenticated));
         assert_eq!(keys.verify(&mint(&a, "ka", &claims("b")).unwrap(), NOW_S), Err(Reason::WrongApp));
         assert_eq!(keys.verify(&mint(&a, "ka", &claims("c")).unwrap(), NOW_S), Err(Reason::WrongApp));
         assert_eq!(keys.verify(&mint(&b, "ka", &claims("b")).unwrap(), NOW_S), Err(Reason::Unauthenticated));
         // The same kid in two apps: each is checked with its own key.
-        let keys = Keys::new(vec![app("a", "k", "EdDSA", &a_public), app("b", "k", "EdDSA", &b_public)]);
+        let keys = Keys::new(vec![app("a", "k", "EdDSA", &a_public), app("b", "k", "EdDSA", &b_public)], true);
         assert_eq!(keys.verify(&mint(&b, "k", &claims("b")).unwrap(), NOW_S), Ok(claims("b")));
         assert_eq!(keys.verify(&mint(&a, "k", &claims("b")).unwrap(), NOW_S), Err(Reason::Unauthenticated));
     }
@@ -278,7 +283,7 @@ mod tests {
     #[test]
     fn every_changed_byte_is_found() {
         let (private, public) = generate_key().unwrap();
-        let keys = Keys::new(vec![app("a", "k", "EdDSA", &public)]);
+        let keys = Keys::new(vec![app("a", "k", "EdDSA", &public)], true);
         let token = mint(&private, "k", &claims("a")).unwrap();
         for at in 0..token.len() {
             let mut bytes = token.clone().into_bytes();
@@ -288,6 +293,19 @@ mod tests {
             assert!(keys.verify(&token[..at], NOW_S).is_err(), "cut at {at}");
         }
         assert_eq!(keys.verify(&token.repeat(100), NOW_S), Err(Reason::Unauthenticated));
+    }
+
+    #[test]
+    fn a_development_key_signs_nothing_in_production() {
+        let ((dev, dev_public), (real, real_public)) = (generate_key().unwrap(), generate_key().unwrap());
+        let mut info = app("a", "dev", "EdDSA", &dev_public);
+        info.keys.extend(app("a", "real", "EdDSA", &real_public).keys);
+        info.keys[1].dev = false;
+        for (development, expected) in [(false, Err(Reason::Unauthenticated)), (true, Ok(claims("a")))] {
+            let keys = Keys::new(vec![info.clone()], development);
+            assert_eq!(keys.verify(&mint(&dev, "dev", &claims("a")).unwrap(), NOW_S), expected);
+            assert_eq!(keys.verify(&mint(&real, "real", &claims("a")).unwrap(), NOW_S), Ok(claims("a")));
+        }
     }
 
     #[test]
@@ -303,7 +321,7 @@ mod tests {
                 app("mixed", "k", "ES256", &public),
                 app("a", "k", "EdDSA", &public),
             ]);
-        let keys = Keys::new(apps.collect());
+        let keys = Keys::new(apps.collect(), true);
         for name in ["bad", "rsa", "mixed"] {
             assert!(keys.verify(&mint(&private, "k", &claims(name)).unwrap(), NOW_S).is_err());
         }

@@ -19,7 +19,7 @@ use stentor_transport::{grpc, tls::ClientTls};
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 
 use super::{Api, because, refused};
-use crate::{config::PeerConfig, meta::MetaView, raft::LEASE, shard::HostedShard};
+use crate::{config::PeerConfig, membership, meta::MetaView, raft::LEASE, shard::HostedShard};
 
 /// How long another broker may take to tell its state.
 const PEER_PATIENCE: Duration = Duration::from_secs(2);
@@ -174,6 +174,7 @@ fn shard_status(view: &MetaView, hosted: &HostedShard, durable_checkpoint: u64) 
         learners: metrics.membership_config.membership().learner_ids().map(|id| name(&id)).collect(),
         durable_checkpoint,
         initialized: placement.is_some_and(|p| p.initialized),
+        settled: membership::is_settled(view, hosted),
     }
 }
 
@@ -247,6 +248,7 @@ async fn verify(
             state_hash: report.state_hash,
         }),
         Err(ReadError::Damaged(what)) => Err(("damaged", what)),
+        Err(ReadError::Contradiction(what)) => Err(("contradiction", what)),
         Err(error) => Err(("unreadable", error.to_string())),
     }
 }

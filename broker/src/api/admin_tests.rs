@@ -11,6 +11,7 @@ fn view() -> MetaView {
         placement: PlacementRow { version: 4, shards: vec![] },
         slots: SlotMap::default(),
         brokers: vec![],
+        incarnations: Default::default(),
         apps: vec![],
         keys: Default::default(),
     }

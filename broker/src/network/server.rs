@@ -6,11 +6,12 @@ use std::{pin::Pin, sync::Arc};
 use futures_util::{FutureExt, Stream, StreamExt, stream::FuturesUnordered};
 use stentor_engine::limits;
 use stentor_proto::{
-    ids::{BrokerId, ReplicaId, ShardId},
+    ids::{Incarnation, ReplicaId, ShardId},
     internal::{
-        IdentifyRequest, IdentifyResponse, PeerBatch, PeerError, PeerFrame, SnapshotAnswer, SnapshotChunk,
-        peer_frame::Message, peer_server::Peer,
+        AnnounceRequest, IdentifyRequest, IdentifyResponse, JoinRequest, JoinResponse, PeerBatch, PeerError, PeerFrame,
+        SnapshotAnswer, SnapshotChunk, join_response, peer_frame::Message, peer_server::Peer,
     },
+    v1::Refusal,
 };
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
@@ -20,7 +21,7 @@ use super::{
     link::{Lane, batches},
     snapshot,
 };
-use crate::{node::Node, queue::FrameQueue, shard::HostedShard};
+use crate::{join, node::Node, queue::FrameQueue, shard::HostedShard};
 
 type Outgoing = Pin<Box<dyn Stream<Item = Result<PeerBatch, Status>> + Send>>;
 type Work = Pin<Box<dyn Future<Output = Message> + Send>>;
@@ -56,19 +57,24 @@ impl Peer for PeerService {
     }
 
     async fn identify(&self, request: Request<IdentifyRequest>) -> Result<Response<IdentifyResponse>, Status> {
-        let asked = request.into_inner();
-        let identity = self.node.store.identity();
-        let cluster_id = identity.as_ref().map(|i| i.cluster_id.clone()).unwrap_or_default();
-        if !asked.cluster_id.is_empty() && !cluster_id.is_empty() && asked.cluster_id != cluster_id {
-            tracing::warn!(broker = asked.broker, theirs = asked.cluster_id, ours = cluster_id, "another cluster asks");
-        }
-        Ok(Response::new(IdentifyResponse {
-            cluster_id,
-            broker: self.node.broker.0,
-            incarnation: identity.map_or(0, |i| i.incarnation.0),
-            bootstrapped: self.node.meta.view().is_some(),
-        }))
+        Ok(Response::new(join::identify(&self.node, &request.into_inner()).await))
     }
+
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
+        Ok(joined(join::give_number(&self.node, request.into_inner()).await))
+    }
+
+    async fn announce(&self, request: Request<AnnounceRequest>) -> Result<Response<JoinResponse>, Status> {
+        Ok(joined(join::give_places(&self.node, request.into_inner()).await))
+    }
+}
+
+fn joined(result: Result<Incarnation, Refusal>) -> Response<JoinResponse> {
+    let result = match result {
+        Ok(incarnation) => join_response::Result::Incarnation(incarnation.0),
+        Err(refusal) => join_response::Result::Refusal(refusal),
+    };
+    Response::new(JoinResponse { result: Some(result) })
 }
 
 /// One task per incoming stream works for all shards.
@@ -118,13 +124,16 @@ async fn next_batch(
 /// the order in which they came, whatever the order in which they end.
 fn begin<F: Extend<Answering>>(node: &Arc<Node>, frame: PeerFrame, in_flight: &mut F) -> Option<PeerFrame> {
     let PeerFrame { id, shard, from, to, message } = frame;
-    let from_broker = ReplicaId::from_u64(from).broker;
+    let sender = ReplicaId::from_u64(from);
     let message = message?;
     if let Message::Beat(beat) = message {
-        node.clocks.heard(from_broker, beat.wall_ms, Instant::now());
+        node.clocks.heard(sender.broker, beat.wall_ms, Instant::now());
         return None;
     }
     let answer = |message| PeerFrame { id, shard, from: to, to: from, message: Some(message) };
+    if node.meta.view().is_some_and(|view| view.is_replaced(sender)) {
+        return Some(answer(error("REPLACED", "another directory of this broker took its place")));
+    }
     let hosted = node.hosted(ShardId(shard)).filter(|hosted| hosted.own.to_u64() == to);
     let Some(hosted) = hosted else {
         return Some(answer(error("NO_REPLICA", "this broker has no such replica")));
@@ -210,21 +219,5 @@ fn vote_answer(result: VoteResult) -> Message {
     match result {
         Ok(response) => Message::VoteResponse(codec::encode_vote_response(&response)),
         Err(fatal) => error("STOPPED", fatal.to_string()),
-    }
-}
-
-/// Who a peer says it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct PeerIdentity {
-    pub(crate) broker: BrokerId,
-    pub(crate) cluster_id: String,
-    pub(crate) incarnation: u32,
-    pub(crate) bootstrapped: bool,
-}
-
-impl From<IdentifyResponse> for PeerIdentity {
-    fn from(response: IdentifyResponse) -> Self {
-        let IdentifyResponse { cluster_id, broker, incarnation, bootstrapped } = response;
-        Self { broker: BrokerId(broker), cluster_id, incarnation, bootstrapped }
     }
 }

@@ -21,7 +21,7 @@ use stentor_proto::{
     record::{self, Event},
     v1::{
         ConversationKind, CreateRequest, HistoryRequest, HistoryResponse, Item, Send, Sent, StatusRequest,
-        StatusResponse, admin_client::AdminClient, conversations_client::ConversationsClient, item,
+        StatusResponse, VerifyLocalRequest, admin_client::AdminClient, conversations_client::ConversationsClient, item,
         messages_client::MessagesClient,
     },
 };
@@ -106,6 +106,7 @@ impl Cluster {
             http_listen: "127.0.0.1:0".parse().unwrap(),
             peers: peers.clone(),
             tls: pki.issue(&peer.name, &dir.path().join("tls")).unwrap(),
+            development: true,
             bootstrap: Some(bootstrap.clone()),
             store: StoreTuning { checkpoint_interval_ms: 500, ..StoreTuning::default() },
         });
@@ -317,4 +318,23 @@ impl Gateway {
             }
         }
     }
+}
+
+/// All replicas of all shards come to the same position and the same bytes.
+pub async fn agree(cluster: &Cluster) {
+    let token = cluster.token("operator", None, true);
+    let reports = eventually("all replicas are at the same position", || async {
+        let mut reports = Vec::new();
+        for n in 0..cluster.configs.len() {
+            let mut admin = AdminClient::new(cluster.api(n));
+            let request = with_token(VerifyLocalRequest::default(), &token);
+            let answer = admin.verify_local(request).await.unwrap().into_inner();
+            assert_eq!(answer.problems, []);
+            reports.push(answer.replicas);
+        }
+        let positions = |n: usize| reports[n].iter().map(|r| (r.shard, r.applied_index)).collect::<Vec<_>>();
+        (positions(0) == positions(1) && positions(1) == positions(2)).then_some(reports)
+    });
+    let reports = reports.await;
+    assert!(reports.windows(2).all(|w| w[0] == w[1]), "{reports:?}");
 }

@@ -282,6 +282,7 @@ impl Cluster {
             http_listen: at(2),
             peers: peers.collect(),
             tls: keys().files.clone(),
+            development: true,
             bootstrap: Some(Bootstrap { cluster_id: "simulated".into(), shards: self.0.shards, apps }),
             store: Default::default(),
         }
@@ -299,6 +300,7 @@ impl Cluster {
             http_listen: SocketAddr::new(Self::gateway_ip(n), PORTS[2]),
             brokers: brokers.collect(),
             tls: keys().files.clone(),
+            development: true,
             limits: GatewayLimits::default(),
         }
     }

@@ -27,6 +27,11 @@ const EQUAL_WITHIN: Duration = Duration::from_secs(30);
 /// Reading everything takes its time; a broker that is silent for so long is not reading.
 const READ_WITHIN: Duration = Duration::from_secs(600);
 
+/// The pause before everything is read again.
+const AGAIN: Duration = Duration::from_millis(100);
+/// The kind of problem that no waiting mends.
+const DAMAGED: &str = "damaged";
+
 /// The verdict, as it is printed.
 #[derive(Debug, Serialize)]
 struct Report {
@@ -79,10 +84,14 @@ async fn verify(args: &ContextArgs) -> Result<Report, Failure> {
                 reports.entry(replica.shard).or_default().insert(answer.node.clone(), replica);
             }
         }
-        // While somebody writes, replicas are read at different positions, and only equal ones can be compared.
-        if !equal_positions(&reports) && Instant::now() < deadline {
+        // While somebody writes, replicas are read at different positions, and only equal ones can be compared; lost
+        // replicas may be about to be replaced. Damage is there to stay, and the broker that found it goes.
+        let settles = !equal_positions(&reports) || cluster.shards.iter().any(|shard| !shard.settled);
+        if settles && !problems.iter().any(|p| p.kind == DAMAGED) && Instant::now() < deadline {
+            tokio::time::sleep(AGAIN).await;
             continue;
         }
+        problems.extend(unsettled(&cluster));
         problems.extend(absent(&cluster, &reports));
         problems.extend(differences(&reports));
         return Ok(summary(&cluster, &reports, problems));
@@ -117,6 +126,17 @@ fn equal_positions(reports: &Reports) -> bool {
         let first = positions.next();
         positions.all(|p| Some(p) == first)
     })
+}
+
+/// Shards whose members are not those of the placement: a lost replica is not replaced yet.
+fn unsettled(cluster: &StatusResponse) -> Vec<Problem> {
+    let problem = |s: &v1::ShardStatus| Problem {
+        kind: "members".into(),
+        node: s.leader.clone(),
+        shard: s.shard,
+        what: "the members are not those of the placement".into(),
+    };
+    cluster.shards.iter().filter(|s| !s.settled).map(problem).collect()
 }
 
 /// Replicas that should be there and did not report.
@@ -208,7 +228,7 @@ mod tests {
 
     fn cluster() -> StatusResponse {
         let voters = ["a", "b", "c"].map(str::to_owned).to_vec();
-        let shards = vec![ShardStatus { shard: 1, voters, ..Default::default() }];
+        let shards = vec![ShardStatus { shard: 1, voters, settled: true, ..Default::default() }];
         StatusResponse { shards, ..Default::default() }
     }
 
@@ -235,6 +255,14 @@ mod tests {
         assert_eq!(problems.iter().map(|p| p.node.as_str()).collect::<Vec<_>>(), ["c"]);
         let nothing = summary(&cluster(), &Reports::new(), BTreeSet::new());
         assert!(!nothing.ok);
+    }
+
+    #[test]
+    fn members_that_are_not_the_placed_ones_are_a_problem() {
+        let mut cluster = cluster();
+        assert_eq!(unsettled(&cluster), []);
+        cluster.shards[0].settled = false;
+        assert_eq!(unsettled(&cluster)[0].shard, 1);
     }
 
     #[test]

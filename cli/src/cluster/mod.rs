@@ -1,7 +1,6 @@
 //! `stentor cluster`: a cluster of real processes in a folder, for development, tests and chaos. The processes outlive
 //! the command. One command at a time works on a folder; what it did stands in the folder, never only in memory.
 
-mod layout;
 mod process;
 
 use std::{
@@ -18,7 +17,7 @@ use crate::{
     args::{ClusterVerb, NodeRole},
     cluster_file::{self, ClusterFile, Node, Role},
     failure::Failure,
-    keys,
+    layout,
     output::Output,
     ports::Ports,
 };
@@ -27,6 +26,8 @@ use crate::{
 const READY_WITHIN: Duration = Duration::from_secs(60);
 /// A broker writes its last checkpoint, a gateway says good-bye; what takes longer hangs.
 const STOP_WITHIN: Duration = Duration::from_secs(30);
+/// How often a progress bar shows that time passes.
+const BAR_EVERY: Duration = Duration::from_millis(200);
 /// SIGKILL cannot be refused; this is for a process stuck in the kernel.
 const KILL_WITHIN: Duration = Duration::from_secs(10);
 
@@ -42,7 +43,10 @@ pub(crate) async fn run(verb: ClusterVerb, output: Output) -> Result<(), Failure
         ClusterVerb::Stop { name, folder } => Folder::open(&folder.dir)?.stop(&[name], output).await,
         ClusterVerb::Kill { name, folder } => Folder::open(&folder.dir)?.kill(&name).await,
         ClusterVerb::Add { role: NodeRole::Broker, .. } => Err(Failure::NotBuilt("`cluster add --role broker`".into())),
-        ClusterVerb::Add { role: NodeRole::Gateway, folder } => Folder::open(&folder.dir)?.add_gateway(output).await,
+        ClusterVerb::Add { zone: Some(_), .. } => Err(Failure::NotBuilt("`cluster add --zone`".into())),
+        ClusterVerb::Add { role: NodeRole::Gateway, folder, .. } => {
+            Folder::open(&folder.dir)?.add_gateway(output).await
+        }
         ClusterVerb::Remove { name, folder } => Folder::open(&folder.dir)?.remove(&name, output).await,
         ClusterVerb::Status(folder) => Folder::open(&folder.dir)?.print_status(output),
         ClusterVerb::Down(folder) => Folder::open(&folder.dir)?.down(output).await,
@@ -109,7 +113,7 @@ impl Folder {
             return Self::of(dir, file, None, lock);
         }
         let mut ports = Ports::lock();
-        let file = layout::create(&dir, size, keys::signing_key(&dir)?, &mut ports)?;
+        let file = layout::create(&dir, size, &mut ports)?;
         file.write(&dir)?;
         Self::of(dir, file, Some(ports), lock)
     }
@@ -161,9 +165,13 @@ impl Folder {
             self.file.write(&self.dir)?;
         }
         self.lock = None;
+        let bar = output.progress(names.len() as u64, "ready");
+        bar.enable_steady_tick(BAR_EVERY);
         for name in names {
             process::ready(&self.dir, &self.node(name)?, deadline).await?;
+            bar.inc(1);
         }
+        bar.finish_and_clear();
         // Bound by now.
         self.ports = None;
         Ok(())
@@ -177,13 +185,17 @@ impl Folder {
             process::signal(&self.dir, &node, Signal::TERM)?;
         }
         let deadline = Instant::now() + STOP_WITHIN;
+        let bar = output.progress(names.len() as u64, "stopped");
+        bar.enable_steady_tick(BAR_EVERY);
         for name in names {
             let node = self.node(name)?;
             if !process::gone(&self.dir, &node, deadline).await {
                 return Err(Failure::failed(format_args!("{name} has not stopped within {STOP_WITHIN:?}")));
             }
-            output.news(&format!("{name} has stopped"));
+            bar.inc(1);
+            bar.suspend(|| output.news(&format!("{name} has stopped")));
         }
+        bar.finish_and_clear();
         Ok(())
     }
 
@@ -253,7 +265,7 @@ impl Folder {
         let mut rows = vec![["node", "state", "pid", "api", "quic", "http"].map(str::to_owned).to_vec()];
         rows.extend(nodes.iter().map(|status| {
             let (node, pid) = (&status.node, status.node.pid.map_or("-".to_owned(), |pid| pid.to_string()));
-            let state = status.state.text().to_owned();
+            let state = output.verdict(status.state == State::Running, status.state.text());
             vec![node.name.clone(), state, pid, cell(node.api), cell(node.quic), cell(node.http)]
         }));
         output.table(&rows)

@@ -13,10 +13,10 @@ use std::{
 use rustix::process::{Pid, Signal};
 use stentor_transport::probe;
 
-use super::layout;
 use crate::{
     cluster_file::{Node, Role},
     failure::Failure,
+    layout,
 };
 
 const PROBE_WITHIN: Duration = Duration::from_secs(1);

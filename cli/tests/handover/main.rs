@@ -47,6 +47,7 @@ impl World {
             http_listen: any,
             brokers: brokers.collect(),
             tls: cluster.tls.clone(),
+            development: true,
             limits: GatewayLimits { drain_ms: 0, ..GatewayLimits::default() },
         };
         let gateway = stentor_gateway::start(config).await.unwrap();

@@ -3,8 +3,10 @@
 
 #![allow(dead_code, reason = "every test program uses its own part")]
 
+pub(crate) mod brokers;
 pub(crate) mod device;
 pub(crate) mod processes;
+pub(crate) mod terminal;
 
 use std::{
     io::Write,
@@ -23,7 +25,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
 pub(crate) fn stentor(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_stentor"));
     command.args(args);
-    for name in ["STENTOR_DIR", "STENTOR_TOKEN", "STENTOR_CA", "STENTOR_TEST_ALTER_DELIVERY"] {
+    for name in ["STENTOR_DIR", "STENTOR_TOKEN", "STENTOR_CA", "STENTOR_TEST_ALTER_DELIVERY", "STENTOR_TEST_PANIC"] {
         command.env_remove(name);
     }
     command
@@ -116,6 +118,11 @@ impl Cluster {
         let mut args = vec!["conversation", "create", "--kind", "group", "--user", "ann", "--json"];
         participants.iter().for_each(|user| args.extend(["--participant", user]));
         self.run(&args, b"").well().rows()[0]["conversation"].as_str().unwrap().to_owned()
+    }
+
+    /// The process of all its nodes.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Ends it as Ctrl-C does and waits; the folder stays.

@@ -71,6 +71,8 @@ pub(crate) fn find<R: Rows>(
     let row_key = key_of(entity, crate::command::text(&actor.user), &key.client_id);
     let known = match state::read::<ClientKeyRow>(call.rows, &row_key)? {
         None => Known::Absent,
+        #[cfg(feature = "planted")]
+        Some(_) if crate::planted::is_planted(crate::planted::Bug::NoDeduplication) => Known::Absent,
         Some(row) if row.command_hash == hash => Known::First { seq: Seq(row.seq), stamp: StampMs(row.stamp_ms) },
         Some(_) => Known::Reused,
     };

@@ -24,6 +24,10 @@ pub(crate) enum Judged {
 /// Judges a send by its number.
 pub(crate) fn judge(row: Option<&SendStateRow>, send: &Send, hash: u64) -> Result<Judged, ApplyError> {
     let (last, done_no) = row.map_or((0, 0), |row| (row.last, row.done_no));
+    #[cfg(feature = "planted")]
+    if let Some(judged) = planted(row, send) {
+        return Ok(judged);
+    }
     if send.send_no > last.saturating_add(1) {
         return Ok(Judged::Refused(Reason::OutOfOrder));
     }
@@ -44,6 +48,17 @@ pub(crate) fn judge(row: Option<&SendStateRow>, send: &Send, hash: u64) -> Resul
     // `shape` has made sure that done_no < send_no, so that it cannot pass `last` here.
     let open = last - done_no.max(send.done_no);
     Ok(if open >= limits::MAX_OPEN_SENDS { Judged::Refused(Reason::TooManyOpenSends) } else { Judged::Fresh })
+}
+
+/// The judgement of a careless hand.
+#[cfg(feature = "planted")]
+fn planted(row: Option<&SendStateRow>, send: &Send) -> Option<Judged> {
+    use crate::planted::{Bug, is_planted};
+    let (last, done_no) = row.map_or((0, 0), |row| (row.last, row.done_no));
+    let missing = send.send_no > done_no && row.is_none_or(|row| find(row, send.send_no).is_none());
+    let again = send.send_no > done_no && send.send_no <= last;
+    let fresh = is_planted(Bug::LostSendOrder) && missing || is_planted(Bug::NoDeduplication) && again;
+    fresh.then_some(Judged::Fresh)
 }
 
 fn find(row: &SendStateRow, send_no: u64) -> Option<SendResult> {
@@ -70,7 +85,7 @@ impl Numbered {
         match *outcome {
             Outcome::Accepted { seq, stamp, .. } => (result.seq, result.stamp_ms) = (seq.0, stamp.0),
             Outcome::Refused { reason, .. } => result.reason = reason as u32,
-            Outcome::SessionOpened { .. } | Outcome::Done => {}
+            Outcome::SessionOpened { .. } | Outcome::Joined { .. } | Outcome::Done => {}
         }
         if !self.exists {
             let (last, done_no, session_no) = (send.send_no, send.done_no, send.session_no);
@@ -87,6 +102,11 @@ impl Numbered {
             row.results.drain(..answered);
         }
         row.results.push(result);
+        #[cfg(feature = "planted")]
+        {
+            row.last = row.results.iter().map(|result| result.send_no).max().unwrap_or_default();
+            row.results.sort_by_key(|result| result.send_no);
+        }
         Ok(())
     }
 }

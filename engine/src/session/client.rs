@@ -206,6 +206,10 @@ struct Conversation<S> {
     is_moved: bool,
     /// A stream of this conversation ran on this connection before.
     streamed: bool,
+    /// When its first send in flight went out, or its last answer came.
+    answered_ms: u64,
+    /// Its sends in flight have had no answer for so long that they leave the window to the others.
+    stuck: bool,
     /// How far a stream had come that has ended: one that begins by itself goes on from there.
     passed: Seq,
 }
@@ -243,6 +247,8 @@ pub struct Session<S, R> {
     next_request: u64,
     outputs: VecDeque<Output<S, R>>,
     in_flight: usize,
+    /// Those of stuck conversations among them.
+    stuck: usize,
     credit: Credit,
     times: Times,
 }
@@ -271,6 +277,8 @@ struct Times {
     moves_due: Option<u64>,
     leave: Option<u64>,
     leaving: bool,
+    /// The window is full until then, unless an answer comes: stuck conversations are looked for.
+    room: Option<u64>,
 }
 
 impl<S, R> Session<S, R> {
@@ -295,6 +303,7 @@ impl<S, R> Session<S, R> {
             next_request: 1,
             outputs: VecDeque::new(),
             in_flight: 0,
+            stuck: 0,
             credit: Credit::default(),
             times: Times::default(),
         }
@@ -425,6 +434,8 @@ impl<S> Conversation<S> {
             asked: false,
             is_moved: false,
             streamed: false,
+            answered_ms: 0,
+            stuck: false,
             passed: Seq(0),
         }
     }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use stentor_proto::{
     Bytes,
     frame::{ClientFrame, negotiate},
-    ids::{ConversationId, Seq, SessionNo},
+    ids::{ConversationId, Seq, SessionNo, ShardId},
     reason::Reason,
     v1,
 };
@@ -34,7 +34,22 @@ pub struct Server {
     phase: Phase,
     session_no: SessionNo,
     sends: usize,
+    by_shard: BTreeMap<ShardId, InFlight>,
     calls: usize,
+}
+
+/// A session's unanswered sends of one shard.
+#[derive(Debug)]
+struct InFlight {
+    sends: usize,
+    /// When the first of them was taken in, or the shard answered one last.
+    since_ms: u64,
+}
+
+impl InFlight {
+    fn is_stuck(&self, now_ms: u64) -> bool {
+        now_ms >= self.since_ms + limits::STUCK_SHARD_MS
+    }
 }
 
 impl Default for Server {
@@ -46,7 +61,7 @@ impl Default for Server {
 impl Server {
     /// A connection that said nothing yet.
     pub fn new() -> Self {
-        Self { phase: Phase::Hello, session_no: SessionNo(0), sends: 0, calls: 0 }
+        Self { phase: Phase::Hello, session_no: SessionNo(0), sends: 0, by_shard: BTreeMap::new(), calls: 0 }
     }
 
     /// Whether this frame may come now. A refusal ends the connection: the device does not follow the protocol.
@@ -82,20 +97,52 @@ impl Server {
     }
 
     /// Whether the next frame may be read from the stream. While not, the stream's flow control holds the device.
-    pub fn wants_frames(&self) -> bool {
+    pub fn wants_frames(&self, now_ms: u64) -> bool {
         matches!(self.phase, Phase::Hello | Phase::Open { .. })
-            && self.sends < limits::SESSION_SENDS_IN_FLIGHT
+            && self.window_has_room(now_ms)
             && self.calls < limits::SESSION_CALLS_IN_FLIGHT
     }
 
-    /// A send was taken in.
-    pub fn send_started(&mut self) {
-        self.sends += 1;
+    /// Sends of shards that give no answer leave the window to the others.
+    fn window_has_room(&self, now_ms: u64) -> bool {
+        if self.sends < limits::SESSION_SENDS_IN_FLIGHT {
+            return true;
+        }
+        let counted = self.by_shard.values().filter(|shard| !shard.is_stuck(now_ms)).map(|shard| shard.sends);
+        self.sends < limits::SESSION_SENDS_HELD && counted.sum::<usize>() < limits::SESSION_SENDS_IN_FLIGHT
     }
 
-    /// A send was answered.
-    pub fn send_answered(&mut self) {
+    /// When a full window may get room by itself, since a shard has then given no answer for too long.
+    pub fn room_at_ms(&self, now_ms: u64) -> Option<u64> {
+        if self.window_has_room(now_ms) {
+            return None;
+        }
+        let waiting = self.by_shard.values().filter(|shard| !shard.is_stuck(now_ms));
+        waiting.map(|shard| shard.since_ms + limits::STUCK_SHARD_MS).min()
+    }
+
+    /// Whether a shard answers none of this session's sends: more of them are refused for now.
+    pub fn is_stuck(&self, shard: ShardId, now_ms: u64) -> bool {
+        self.by_shard.get(&shard).is_some_and(|shard| shard.is_stuck(now_ms))
+    }
+
+    /// A send was taken in.
+    pub fn send_started(&mut self, shard: ShardId, now_ms: u64) {
+        self.sends += 1;
+        self.by_shard.entry(shard).or_insert(InFlight { sends: 0, since_ms: now_ms }).sends += 1;
+    }
+
+    /// A send was answered; `by_shard` unless it was only given up.
+    pub fn send_answered(&mut self, shard: ShardId, by_shard: bool, now_ms: u64) {
+        let Some(in_flight) = self.by_shard.get_mut(&shard) else { return };
         self.sends = self.sends.saturating_sub(1);
+        in_flight.sends = in_flight.sends.saturating_sub(1);
+        if by_shard {
+            in_flight.since_ms = now_ms;
+        }
+        if in_flight.sends == 0 {
+            self.by_shard.remove(&shard);
+        }
     }
 
     /// A call (`Request`) was taken in.
@@ -106,6 +153,36 @@ impl Server {
     /// A call was answered.
     pub fn call_answered(&mut self) {
         self.calls = self.calls.saturating_sub(1);
+    }
+}
+
+/// Sends that were refused for now, and with them everything behind: a later send of the same conversation is refused
+/// too until the device has come back to the refused one, so that its order stays.
+#[derive(Debug, Default)]
+pub struct HeldBack {
+    first: BTreeMap<String, (u64, Reason)>,
+}
+
+impl HeldBack {
+    /// Why this send must wait, if an earlier one was refused.
+    pub fn is_behind(&self, conversation: &str, send_no: u64) -> Option<Reason> {
+        self.first.get(conversation).filter(|(first, _)| send_no > *first).map(|&(_, reason)| reason)
+    }
+
+    /// This send was refused for now.
+    pub fn refused(&mut self, conversation: &str, send_no: u64, reason: Reason) {
+        if self.first.len() >= limits::SESSION_HELD_BACK {
+            // What is out of order is still refused where order is decided.
+            self.first.clear();
+        }
+        self.first.insert(conversation.to_owned(), (send_no, reason));
+    }
+
+    /// This send goes on.
+    pub fn admitted(&mut self, conversation: &str) {
+        if !self.first.is_empty() {
+            self.first.remove(conversation);
+        }
     }
 }
 
@@ -259,7 +336,7 @@ mod tests {
         }
         let mut server = Server::new();
         assert_eq!(server.frame(&frames()[0]), Ok(()));
-        assert!(!server.wants_frames(), "nothing is read while the session is opened");
+        assert!(!server.wants_frames(0), "nothing is read while the session is opened");
         for frame in frames() {
             assert_eq!(server.frame(&frame), Err(Reason::UnexpectedFrame), "{frame:?}");
         }
@@ -279,17 +356,81 @@ mod tests {
         let mut server = Server::new();
         server.frame(&frames()[0]).unwrap();
         server.opened(SessionNo(1));
+        let shard = ShardId(1);
         for _ in 0..limits::SESSION_SENDS_IN_FLIGHT {
-            assert!(server.wants_frames());
-            server.send_started();
+            assert!(server.wants_frames(5));
+            server.send_started(shard, 5);
         }
-        assert!(!server.wants_frames());
-        server.send_answered();
-        assert!(server.wants_frames());
+        assert!(!server.wants_frames(5));
+        server.send_answered(shard, true, 5);
+        assert!(server.wants_frames(5));
         (0..limits::SESSION_CALLS_IN_FLIGHT).for_each(|_| server.call_started());
-        assert!(!server.wants_frames());
+        assert!(!server.wants_frames(5));
         server.call_answered();
-        assert!(server.wants_frames());
+        assert!(server.wants_frames(5));
+    }
+
+    #[test]
+    fn a_shard_that_gives_no_answer_leaves_the_window_to_the_others() {
+        let mut server = Server::new();
+        server.frame(&frames()[0]).unwrap();
+        server.opened(SessionNo(1));
+        let (dead, alive) = (ShardId(1), ShardId(2));
+        (0..limits::SESSION_SENDS_IN_FLIGHT).for_each(|_| server.send_started(dead, 10));
+        let later = 10 + limits::STUCK_SHARD_MS;
+        assert!(!server.wants_frames(later - 1) && !server.is_stuck(dead, later - 1));
+        assert_eq!(server.room_at_ms(later - 1), Some(later));
+        assert!(server.wants_frames(later) && server.is_stuck(dead, later) && !server.is_stuck(alive, later));
+        assert_eq!(server.room_at_ms(later), None);
+        (0..limits::SESSION_SENDS_IN_FLIGHT).for_each(|_| server.send_started(alive, later));
+        assert!(!server.wants_frames(later));
+        server.send_answered(alive, true, later + 5);
+        assert!(server.wants_frames(later + 5), "what is alive goes on");
+        server.send_answered(dead, false, later + 5);
+        assert!(server.is_stuck(dead, later + 5), "what was given up is no sign of life");
+        server.send_answered(dead, true, later + 6);
+        assert!(!server.is_stuck(dead, later + 6));
+        assert!(!server.wants_frames(later + 6), "and counts again");
+    }
+
+    proptest! {
+        #[test]
+        fn never_more_sends_are_held_than_the_bound(steps: Vec<(u8, u16, bool)>) {
+            let mut server = Server::new();
+            server.frame(&frames()[0]).unwrap();
+            server.opened(SessionNo(1));
+            let (mut now_ms, mut held) = (0, Vec::new());
+            for (shard, ms, answered) in steps.into_iter().cycle().take(5_000) {
+                now_ms += u64::from(ms) % 50;
+                let shard = ShardId(u32::from(shard) % 8);
+                if answered && let Some(at) = held.iter().position(|of| *of == shard) {
+                    held.swap_remove(at);
+                    server.send_answered(shard, true, now_ms);
+                } else if server.wants_frames(now_ms) && !server.is_stuck(shard, now_ms) {
+                    held.push(shard);
+                    server.send_started(shard, now_ms);
+                }
+                prop_assert!(held.len() <= limits::SESSION_SENDS_HELD);
+                let room_at_ms = server.room_at_ms(now_ms);
+                prop_assert!(server.wants_frames(now_ms) || room_at_ms.is_some() || held.len() == limits::SESSION_SENDS_HELD);
+            }
+        }
+    }
+
+    #[test]
+    fn everything_behind_a_refused_send_waits_for_it() {
+        let mut held = HeldBack::default();
+        held.refused("c", 5, Reason::RateLimited);
+        assert_eq!(held.is_behind("c", 6), Some(Reason::RateLimited));
+        assert_eq!((held.is_behind("c", 5), held.is_behind("c", 4), held.is_behind("d", 9)), (None, None, None));
+        held.refused("c", 4, Reason::Unavailable);
+        assert_eq!(held.is_behind("c", 5), Some(Reason::Unavailable));
+        held.admitted("c");
+        assert_eq!(held.is_behind("c", 6), None);
+        for n in 0..10 * limits::SESSION_HELD_BACK {
+            held.refused(&n.to_string(), 1, Reason::RateLimited);
+        }
+        assert!(held.first.len() <= limits::SESSION_HELD_BACK);
     }
 
     #[test]

@@ -38,7 +38,7 @@ impl Session {
         self.server.call_started();
         self.core.metrics.calls.inc();
         let id = request.id;
-        let begun = match request.call {
+        let begun = self.may_call().and_then(|()| match request.call {
             Some(C::History(history)) => self.history(id, history),
             Some(C::Create(create)) => self.create(id, create),
             Some(C::Add(add)) => self.change(id, &add, Change::Add),
@@ -47,7 +47,7 @@ impl Session {
             Some(C::List(list)) => self.list_call(id, list),
             Some(C::SendState(send_state)) => self.send_state(id, &send_state),
             None => Err(Reason::Malformed),
-        };
+        });
         if let Err(reason) = begun {
             self.respond(id, response::Result::Refusal(reason.refusal()));
         }

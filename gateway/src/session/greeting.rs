@@ -17,7 +17,7 @@ use stentor_proto::{
 use stentor_transport::quic::{FrameReader, ReadError};
 use tokio::time::timeout;
 
-use super::{Calls, HELLO_TIMEOUT, Outgoing, Session, Streams, bad_frame, unexpected};
+use super::{Calls, HELLO_TIMEOUT, Outgoing, Rates, Session, Streams, bad_frame, unexpected};
 use crate::{
     core::{Core, Who},
     inbox::{Answer, Inbox, Purpose, Reply},
@@ -42,6 +42,7 @@ pub(super) async fn greet(core: &Arc<Core>, reader: &mut FrameReader) -> Result<
         return Err(Reason::Unauthenticated.with("the token names no device"));
     };
     let who = Who { app: claims.app, user: claims.user, device };
+    core.may_open(&who).map_err(Reason::refusal)?;
     let inbox = Arc::new(Inbox::default());
     let session_no = open(core, &who, &greeting, &inbox).await?;
     core.enter(&who, session_no, &inbox).map_err(Reason::refusal)?;
@@ -53,6 +54,9 @@ pub(super) async fn greet(core: &Arc<Core>, reader: &mut FrameReader) -> Result<
         core: core.clone(),
         place: core.places.enter(&inbox),
         inbox,
+        rates: Rates::of(core, &who),
+        expires_s: claims.expires_s,
+        check_token_ms: 0,
         who,
         admin: claims.admin,
         server,

@@ -6,6 +6,7 @@ mod calls;
 mod greeting;
 mod list;
 mod outgoing;
+mod rates;
 mod sends;
 mod streams;
 
@@ -35,6 +36,7 @@ use crate::{
 };
 use calls::Calls;
 use outgoing::Outgoing;
+use rates::Rates;
 use streams::Streams;
 
 /// Frames that are taken from one device before the brokers' news are looked at again.
@@ -58,6 +60,11 @@ struct Session {
     out: Outgoing,
     streams: Streams,
     calls: Calls,
+    rates: Rates,
+    /// When the token ends, in seconds since the Unix epoch.
+    expires_s: u64,
+    /// The wall clock is looked at for that then.
+    check_token_ms: u64,
     /// Collected over a burst of frames, proposed together.
     proposals: Vec<(ShardId, Bytes, Ticket)>,
     /// Nothing is taken from the device any more; what waits for it is written until then, in ms.
@@ -147,7 +154,9 @@ impl Session {
     }
 
     fn wants_frames(&self) -> bool {
-        self.ending.is_none() && self.server.wants_frames() && self.out.bytes() < 2 * limits::SESSION_QUEUE_BYTES
+        self.ending.is_none()
+            && self.server.wants_frames(self.core.now_ms())
+            && self.out.bytes() < 2 * limits::SESSION_QUEUE_BYTES
     }
 
     /// Takes a frame and those that came with it.
@@ -175,6 +184,7 @@ impl Session {
     }
 
     fn frame(&mut self, kind: u8, message: Bytes) -> Result<(), Refusal> {
+        let frame_bytes = message.len();
         let frame = ClientFrame::decode(kind, message).map_err(|bad| bad_frame(&bad.into()))?;
         let Some(frame) = frame else { return Ok(()) };
         self.core.metrics.device_frame(&frame);
@@ -185,7 +195,7 @@ impl Session {
             ClientFrame::Resume(resume) => self.resume(resume),
             ClientFrame::Subscribe(subscribe) => self.subscribe(&subscribe),
             ClientFrame::Unsubscribe(unsubscribe) => self.unsubscribe(&unsubscribe.conversation),
-            ClientFrame::Send(send) => self.send(send),
+            ClientFrame::Send(send) => self.send(send, frame_bytes),
             ClientFrame::MoveCursors(moves) => self.move_cursors(&moves),
             ClientFrame::Credit(credit) => self.credit.add(credit.bytes),
             ClientFrame::Ping(ping) => self.out.push(v1::Pong { token: ping.token }),
@@ -213,7 +223,9 @@ impl Session {
         match purpose {
             // Answered before the session began; a late one is of no use.
             Purpose::OpenSession => {}
-            Purpose::Send { conversation, send_no } => self.send_answered(conversation, send_no, result),
+            Purpose::Send { shard, conversation, send_no } => {
+                self.send_answered(shard, conversation, send_no, result);
+            }
             Purpose::Cursors { moves } => self.cursors_answered(moves, result),
             Purpose::CursorHeads { moves } => self.cursor_heads(moves, result),
             Purpose::Pull { stream } => self.page(stream, result),
@@ -236,7 +248,9 @@ impl Session {
     }
 
     fn deadline_ms(&self) -> Option<u64> {
-        let dates = [self.cursors.due_ms(), self.streams.due_ms(), self.close_at_ms, self.ending];
+        let room_at_ms = self.server.room_at_ms(self.core.now_ms());
+        let token = Some(self.check_token_ms);
+        let dates = [self.cursors.due_ms(), self.streams.due_ms(), self.close_at_ms, self.ending, room_at_ms, token];
         dates.into_iter().flatten().min()
     }
 
@@ -246,9 +260,23 @@ impl Session {
             self.flush_cursors();
         }
         self.retry_streams(now_ms);
+        if self.check_token_ms <= now_ms {
+            self.check_token(now_ms);
+        }
         if self.close_at_ms.is_some_and(|at| at <= now_ms) {
             self.close_at_ms = None;
             self.fatal(Reason::Draining.refusal());
+        }
+    }
+
+    /// The session ends with its token. The wall clock may be set, so that it is looked at now and then.
+    fn check_token(&mut self, now_ms: u64) {
+        match self.expires_s.saturating_mul(1_000).saturating_sub(self.core.wall_ms()) {
+            0 => {
+                self.check_token_ms = u64::MAX;
+                self.fatal(Reason::TokenExpired.refusal());
+            }
+            left_ms => self.check_token_ms = now_ms + left_ms.min(limits::TOKEN_CHECK_MS),
         }
     }
 
@@ -279,6 +307,7 @@ impl Session {
         self.settle();
         self.inbox.close();
         self.end_streams();
+        self.return_rates();
         self.core.leave(&self.who, &self.inbox);
         self.core.places.leave(self.place);
     }
@@ -289,11 +318,15 @@ impl Session {
 
     /// Queues a command for the shard of `target`. False when there is no placement that has it.
     fn propose(&mut self, target: &str, command: &stentor_proto::internal::Command, purpose: Purpose) {
-        let ticket = self.ticket(purpose);
         match self.core.shard_of(&self.who.app, target) {
-            Ok(shard) => self.proposals.push((shard, stentor_engine::command::encode(command), ticket)),
-            Err(reason) => ticket.answer(Err(reason.refusal())),
+            Ok(shard) => self.propose_to(shard, command, purpose),
+            Err(reason) => self.ticket(purpose).answer(Err(reason.refusal())),
         }
+    }
+
+    fn propose_to(&mut self, shard: ShardId, command: &stentor_proto::internal::Command, purpose: Purpose) {
+        let ticket = self.ticket(purpose);
+        self.proposals.push((shard, stentor_engine::command::encode(command), ticket));
     }
 }
 

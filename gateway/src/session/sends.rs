@@ -20,16 +20,18 @@ use super::{Session, unexpected};
 use crate::inbox::{Purpose, Reply};
 
 impl Session {
-    pub(super) fn send(&mut self, send: v1::Send) {
-        self.server.send_started();
+    pub(super) fn send(&mut self, send: v1::Send, frame_bytes: usize) {
         self.core.metrics.sends.inc();
         let (conversation, send_no) = (send.conversation.clone(), send.send_no);
-        match self.command_of(send) {
-            Ok(command) => {
-                let target = conversation.clone();
-                self.propose(&target, &command, Purpose::Send { conversation, send_no });
+        let shard = self.core.shard_of(&self.who.app, &conversation);
+        let admitted = shard.and_then(|shard| self.admit(shard, &send, frame_bytes).map(|()| shard));
+        let made = admitted.and_then(|shard| Ok((shard, self.command_of(send)?)));
+        match made {
+            Ok((shard, command)) => {
+                self.server.send_started(shard, self.core.now_ms());
+                self.propose_to(shard, &command, Purpose::Send { shard, conversation, send_no });
             }
-            Err(reason) => self.send_answered(conversation, send_no, Err(reason.refusal())),
+            Err(reason) => self.refuse_send(conversation, send_no, reason.refusal()),
         }
     }
 
@@ -67,16 +69,31 @@ impl Session {
         command::check(&refused).map(|()| refused)
     }
 
-    pub(super) fn send_answered(&mut self, conversation: String, send_no: u64, result: Result<Reply, Refusal>) {
-        self.server.send_answered();
+    pub(super) fn send_answered(
+        &mut self,
+        shard: ShardId,
+        conversation: String,
+        send_no: u64,
+        result: Result<Reply, Refusal>,
+    ) {
+        self.server.send_answered(shard, result.is_ok(), self.core.now_ms());
         let refusal = match result {
             Ok(Reply::Outcome(Outcome::Accepted { seq, stamp, repeat, .. })) => {
                 let (seq, stamp_ms) = (seq.0, stamp.0);
                 return self.out.push(v1::Sent { conversation, send_no, seq, stamp_ms, repeat });
             }
-            Ok(Reply::Outcome(outcome)) => outcome.refusal().unwrap_or_else(|| Reason::Internal.refusal()),
+            Ok(Reply::Outcome(Outcome::Refused { reason, last })) => {
+                if matches!(reason, Reason::NotAParticipant | Reason::UnknownConversation) {
+                    self.charge_stranger();
+                }
+                Refusal { last: last.0, ..reason.refusal() }
+            }
             other => unexpected(other),
         };
+        self.refuse_send(conversation, send_no, refusal);
+    }
+
+    fn refuse_send(&mut self, conversation: String, send_no: u64, refusal: Refusal) {
         self.core.metrics.refused_sends.inc();
         self.out.push(v1::SendRefused { conversation, send_no, refusal: Some(refusal) });
     }
@@ -84,6 +101,10 @@ impl Session {
     /// Cursors may not pass what the conversation has: for a followed one that is what was handed on, for others its
     /// head is asked for first.
     pub(super) fn move_cursors(&mut self, moves: &v1::MoveCursors) {
+        if let Err(reason) = self.may_call() {
+            let all = moves.delivered.iter().chain(&moves.read);
+            return self.tell_refused(all.map(|c| refused_cursor(&c.conversation, reason.refusal())).collect());
+        }
         let mut refused = Vec::new();
         let mut unknown: BTreeMap<ShardId, Vec<(CursorKind, ConversationId, Seq)>> = BTreeMap::new();
         let delivered = moves.delivered.iter().map(|cursor| (CursorKind::Delivered, cursor));

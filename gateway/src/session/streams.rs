@@ -131,8 +131,9 @@ impl Streams {
         let stream = self.streams.remove(&id)?;
         self.awake.remove(&stream.place);
         if self.awake.is_empty() {
-            // A session whose streams all rest holds nothing for those that did not.
+            // A session whose streams all rest holds nothing for those that did not; an emptied tree keeps a leaf.
             self.awake = HashMap::new();
+            self.streams = BTreeMap::new();
         }
         Some(stream)
     }
@@ -186,7 +187,10 @@ impl Session {
     pub(super) fn subscribe(&mut self, subscribe: &v1::Subscribe) {
         let from = if subscribe.from_head { From::Head } else { From::After(Seq(subscribe.after_seq)) };
         self.unsubscribe(&subscribe.conversation);
-        self.begin(&subscribe.conversation, from, false, (0, 0));
+        match self.may_call() {
+            Ok(()) => self.begin(&subscribe.conversation, from, false, (0, 0)),
+            Err(reason) => self.out.push(refused_state(&subscribe.conversation, reason.refusal())),
+        }
     }
 
     pub(super) fn unsubscribe(&mut self, conversation: &str) {
@@ -293,6 +297,7 @@ impl Session {
 
     fn remove_resting(&mut self, place: Place) {
         if self.streams.wake(place) {
+            self.core.metrics.resting_subscriptions.dec();
             self.unwatch(place);
         }
     }
@@ -306,7 +311,10 @@ impl Session {
         let ids: Vec<u32> = self.streams.streams.keys().copied().collect();
         ids.into_iter().for_each(|id| self.remove(id));
         self.unfollow_user();
-        std::mem::take(&mut self.streams.resting).into_iter().for_each(|place| self.unwatch(place));
+        for place in std::mem::take(&mut self.streams.resting) {
+            self.core.metrics.resting_subscriptions.dec();
+            self.unwatch(place);
+        }
     }
 
     /// Streams that have nothing to do any more lie down.
@@ -321,6 +329,7 @@ impl Session {
             if stream.added <= at && self.core.may_rest(place, at, &self.inbox) {
                 self.streams.take(id);
                 self.streams.rest(place);
+                self.core.metrics.resting_subscriptions.inc();
             }
         }
     }
@@ -328,7 +337,9 @@ impl Session {
     /// Something came for a stream that rests at `at` and that has to be done with care.
     fn wake(&mut self, place: Place, at: Seq) -> Option<u32> {
         let (shard, conversation) = self.core.watched(place)?;
-        self.streams.wake(place);
+        if self.streams.wake(place) {
+            self.core.metrics.resting_subscriptions.dec();
+        }
         Some(self.streams.insert(Stream {
             conversation,
             shard,

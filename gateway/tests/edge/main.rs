@@ -6,6 +6,7 @@ mod calls;
 mod cursors;
 mod hello;
 mod membership;
+mod rates;
 mod sends;
 mod streams;
 mod support;

@@ -259,3 +259,51 @@ async fn many_devices_in_many_conversations_each_get_everything_once() {
         }
     }
 }
+
+/// A stream that waits is forgotten but for its place. What comes then, in whatever way, goes on where it stood.
+#[tokio::test]
+async fn streams_that_wait_rest_and_go_on_where_they_stood() {
+    let cluster = Cluster::start().await;
+    cluster.world.create("c", &["ann", "bob"], 5);
+    cluster.world.create("d", &["ann"], 5);
+    let (mut ann, mut bob) = (cluster.device("ann", "phone").await, cluster.device("bob", "laptop").await);
+    ann.send(resume(&[("c", 3), ("d", 5)], true)).await;
+    ann.events("c", 3, 5).await;
+    bob.subscribe("c", 5).await;
+    let all_rest = async || {
+        let resting = async || cluster.metric("stentor_gateway_resting_subscriptions").await > 2.5;
+        until("all rest", resting).await;
+    };
+    all_rest().await;
+    cluster.world.append("c", b"live");
+    assert_eq!(ann.events("c", 5, 6).await, ["live"]);
+    assert_eq!(bob.events("c", 5, 6).await, ["live"]);
+    // Lost on the way: the next leader's registration tells the head.
+    all_rest().await;
+    cluster.world.script(|script| script.lose_live = true);
+    cluster.world.append("c", b"lost");
+    cluster.world.script(|script| script.lose_live = false);
+    cluster.world.lead(2);
+    assert_eq!(ann.events("c", 6, 7).await, ["lost"]);
+    assert_eq!(bob.events("c", 6, 7).await, ["lost"]);
+    // A gap: what came before it is pulled.
+    all_rest().await;
+    let held = cluster.world.hold_back(|| cluster.world.append("c", b"held back"));
+    drop(held);
+    cluster.world.append("c", b"behind the gap");
+    assert_eq!(ann.events("c", 7, 9).await, ["held back", "behind the gap"]);
+    assert_eq!(bob.events("c", 7, 9).await, ["held back", "behind the gap"]);
+    // Cursors are held against where it stands, and no further.
+    all_rest().await;
+    let cursor = |seq| v1::Cursor { conversation: "c".into(), seq };
+    ann.send(v1::MoveCursors { delivered: vec![cursor(10)], read: vec![] }).await;
+    assert_eq!(ann.cursors_moved().await.refused[0].conversation, "c");
+    ann.send(v1::MoveCursors { delivered: vec![cursor(9)], read: vec![] }).await;
+    assert_eq!(ann.cursors_moved().await.delivered, [cursor(9)]);
+    // The own removal ends it.
+    cluster.world.remove("c", "bob");
+    assert_eq!(bob.state().await.refusal.unwrap().reason, "NOT_A_PARTICIPANT");
+    ann.send(v1::Unsubscribe { conversation: "d".into() }).await;
+    let one = async || (0.5..1.5).contains(&cluster.metric("stentor_gateway_resting_subscriptions").await);
+    until("one is left", one).await;
+}

@@ -68,6 +68,7 @@ impl Cluster {
             http_listen: any,
             brokers: addresses,
             tls: pki.issue("gateway-1", dir.path()).unwrap(),
+            development: true,
             limits,
         };
         let gateway = stentor_gateway::start(config).await.unwrap();

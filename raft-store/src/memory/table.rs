@@ -1,7 +1,7 @@
 //! One instance of the twin: a sorted map, its durable image, and the batches between the two.
 //! Must never show half a batch, before a cut or after it.
 
-use std::{collections::BTreeMap, io, ops::Bound, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, ops::Bound, path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 use stentor_engine::apply::chain;
@@ -102,67 +102,42 @@ pub(crate) struct MemoryDb {
     key: (PathBuf, Instance),
 }
 
-impl From<io::Error> for DbError {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error.to_string())
-    }
-}
-
-fn missing() -> io::Error {
-    io::Error::new(io::ErrorKind::NotFound, "the database is not there")
-}
-
 impl MemoryDb {
     pub(crate) fn new(life: Life, key: (PathBuf, Instance)) -> Self {
         Self { life, key }
     }
 
-    fn with<R>(&self, f: impl FnOnce(&mut Platter, &mut Table, u64) -> io::Result<R>) -> Result<R, DbError> {
-        let done = self.life.with(|platter, life| {
-            // Taken out for the time: the platter decides about its tables' fate. A cut inside finds the rest.
-            let mut table = platter.tables.remove(&self.key).ok_or_else(missing)?;
-            let done = f(platter, &mut table, life);
-            if platter.alive(life).is_err() {
-                table.cut(platter);
-            }
-            platter.tables.insert(self.key.clone(), table);
-            done
-        });
-        Ok(done?)
-    }
-
     pub(crate) fn view(&self) -> Result<MemoryView, DbError> {
-        let view = self.life.with(|platter, _| {
-            let table = platter.tables.get(&self.key).ok_or_else(missing)?;
-            Ok(MemoryView(table.visible.clone()))
-        });
+        let view = self.life.with(|platter, _| Ok(MemoryView(platter.table(&self.key)?.visible.clone())));
         Ok(view?)
     }
 
     /// As RocksDB does it: to the WAL, then the fsync, then visible.
     pub(crate) async fn write_synced(&self, changes: Vec<Change>) -> Result<(), DbError> {
-        self.with(|platter, table, life| {
+        self.life.with(|platter, life| {
             let written = platter.operation(life, Step::Write);
             // What failed may have reached the disk all the same.
             if written.is_ok() || (platter.alive(life).is_ok() && platter.chance(0.5)) {
-                table.pending.push(changes.clone());
+                platter.table(&self.key)?.pending.push(changes.clone());
             }
             written
         })?;
         self.life.sync_time().await;
         let votes = changes.iter().filter(|change| change.is_vote()).count() as u64;
-        self.with(|platter, table, life| {
+        self.life.with(|platter, life| {
             if let Err(error) = platter.operation(life, Step::Sync) {
                 // The kernel marks pages clean that it could not write: they may be gone for good.
                 if platter.alive(life).is_ok() && platter.chance(0.5) {
-                    table.pending.pop();
+                    platter.table(&self.key)?.pending.pop();
                 }
                 return Err(error);
             }
-            if platter.forgets_votes() && votes > 0 {
+            let (forgets, honesty) = (platter.forgets_votes() && votes > 0, platter.honesty());
+            let table = platter.table(&self.key)?;
+            if forgets {
                 table.pending.iter_mut().for_each(|batch| batch.retain(|change| !change.is_vote()));
             }
-            if platter.honesty() == Honesty::Honest {
+            if honesty == Honesty::Honest {
                 table.settle(usize::MAX);
             }
             table.show(&changes);
@@ -174,16 +149,18 @@ impl MemoryDb {
 
     /// Visible at once.
     pub(crate) fn write(&self, changes: Vec<Change>) -> Result<(), DbError> {
-        self.with(|platter, table, life| {
+        let written = self.life.with(|platter, life| {
             platter.operation(life, Step::Write)?;
+            let table = platter.table(&self.key)?;
             table.show(&changes);
             table.pending.push(changes);
             Ok(())
-        })
+        });
+        Ok(written?)
     }
 
     pub(crate) async fn flush(&self) -> Result<(), DbError> {
-        let upto = self.with(|_, table, _| Ok(table.pending.len()))?;
+        let upto = self.life.with(|platter, _| Ok(platter.table(&self.key)?.pending.len()))?;
         self.life.sync_time().await;
         self.flush_upto(upto)
     }
@@ -194,13 +171,14 @@ impl MemoryDb {
 
     /// What comes while a flush is under way is not part of it.
     fn flush_upto(&self, upto: usize) -> Result<(), DbError> {
-        self.with(|platter, table, life| {
+        let flushed = self.life.with(|platter, life| {
             platter.operation(life, Step::Sync)?;
             if platter.honesty() == Honesty::Honest {
-                table.settle(upto);
+                platter.table(&self.key)?.settle(upto);
             }
             Ok(())
-        })
+        });
+        Ok(flushed?)
     }
 }
 
@@ -208,10 +186,8 @@ impl Drop for MemoryDb {
     fn drop(&mut self) {
         // RocksDB writes its memtables when it is closed. Of a dead process nothing comes any more.
         let _ = self.life.with(|platter, _| {
-            if let Some(table) = platter.tables.get_mut(&self.key)
-                && self.key.1 == Instance::State
-            {
-                table.settle(usize::MAX);
+            if self.key.1 == Instance::State {
+                platter.table(&self.key)?.settle(usize::MAX);
             }
             Ok(())
         });

@@ -85,6 +85,9 @@ pub fn open_twin(disk: &MemoryDisk) -> Result<Arc<Store>, OpenError> {
     open_in_memory(config(Path::new("/data")), disk, Arc::new(Quiet))
 }
 
+/// Longer than any test's life in simulated time: past it, something waits for what never comes.
+const STANDS_STILL: Duration = Duration::from_secs(600);
+
 /// Runs a future in a runtime that repeats bit for bit: one thread, paused time, everything from one seed.
 pub fn simulate<R>(seed: u64, future: impl Future<Output = R>) -> R {
     seed_thread(seed);
@@ -94,7 +97,7 @@ pub fn simulate<R>(seed: u64, future: impl Future<Output = R>) -> R {
         .rng_seed(tokio::runtime::RngSeed::from_bytes(&seed.to_le_bytes()))
         .build()
         .unwrap();
-    runtime.block_on(future)
+    runtime.block_on(async { tokio::time::timeout(STANDS_STILL, future).await }).expect("the simulation stands still")
 }
 
 /// Each of these tests twice: on a real directory, and on the twin.

@@ -228,7 +228,13 @@ impl<S> Outbox<S> {
             // What is before the first is answered, so the server must know it: it forgot (removed and added again,
             // or the device was), or this answer is of an earlier attempt. The send state tells.
             Some(Reason::OutOfOrder) if first && refusal.last + 1 < send_no => self.count = Count::Unknown,
-            Some(Reason::OutOfOrder | Reason::Overloaded | Reason::RateLimited | Reason::TooManyOpenSends) => {}
+            Some(
+                Reason::OutOfOrder
+                | Reason::Unavailable
+                | Reason::Overloaded
+                | Reason::RateLimited
+                | Reason::TooManyOpenSends,
+            ) => {}
             _ => entry.uncertain = true,
         }
         let entry = &mut self.pending[at];

@@ -179,8 +179,7 @@ impl<S, R> Session<S, R> {
         let Some(outbox) = self.outbox(&sent.conversation) else { return };
         let before = outbox.in_flight();
         let ticket = outbox.sent(sent.send_no);
-        let landed = before - outbox.in_flight();
-        self.in_flight -= landed;
+        self.landed(now, &sent.conversation, before);
         if let Some(ticket) = ticket {
             let answer = Answer::Sent {
                 send_no: SendNo(sent.send_no),
@@ -201,11 +200,22 @@ impl<S, R> Session<S, R> {
         let before = outbox.in_flight();
         let refusal = refused.refusal.unwrap_or_default();
         let answer = outbox.refused(refusal, refused.send_no, now, &config.retry, draws);
-        self.in_flight -= before - outbox.in_flight();
+        self.landed(now, &refused.conversation, before);
         if let Some((ticket, answer)) = answer {
             self.outputs.push_back(Output::Answered { ticket, answer });
         }
         self.settle(now, &refused.conversation);
+    }
+
+    /// Sends of a conversation, of which so many were in flight, were answered: it is not stuck.
+    fn landed(&mut self, now: u64, id: &str, before: usize) {
+        let Some(conversation) = self.conversations.get_mut(id) else { return };
+        let left = conversation.outbox.as_ref().map_or(0, |outbox| outbox.in_flight());
+        self.in_flight -= before - left;
+        conversation.answered_ms = now;
+        if std::mem::take(&mut conversation.stuck) {
+            self.stuck -= before;
+        }
     }
 
     fn response(&mut self, now: u64, response: v1::Response) {

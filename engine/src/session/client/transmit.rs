@@ -44,10 +44,11 @@ impl<S, R> Session<S, R> {
         self.calls_out = 0;
         self.wakes.clear();
         self.moved.clear();
-        self.in_flight = 0;
-        (self.times.leave, self.times.leaving, self.times.moves_due) = (None, false, None);
+        (self.in_flight, self.stuck) = (0, 0);
+        (self.times.leave, self.times.leaving, self.times.moves_due, self.times.room) = (None, false, None, None);
         for conversation in self.conversations.values_mut() {
             (conversation.is_ready, conversation.asked, conversation.streamed) = (false, false, false);
+            conversation.stuck = false;
             if let Some(outbox) = &mut conversation.outbox {
                 outbox.disconnected();
             }
@@ -98,12 +99,35 @@ impl<S, R> Session<S, R> {
         if self.calls_out < limits::SESSION_CALLS_IN_FLIGHT && self.write_call(out) {
             return true;
         }
-        if self.times.leaving || self.in_flight >= self.limits.in_flight {
+        if self.times.leaving || !self.window_has_room(now) {
             return false;
         }
         let Some(id) = self.ready.pop_front() else { return false };
         self.write_send(now, &id, out);
         true
+    }
+
+    /// A full window gets room from conversations without answers: their shard is dead, perhaps, and the others' is not.
+    fn window_has_room(&mut self, now: u64) -> bool {
+        let has_room = |session: &Self| session.in_flight - session.stuck < session.limits.in_flight;
+        if has_room(self) || self.times.room.is_some_and(|at| at > now) {
+            return has_room(self);
+        }
+        self.times.room = None;
+        if self.in_flight >= limits::SESSION_SENDS_HELD / limits::SESSION_SENDS_IN_FLIGHT * self.limits.in_flight {
+            return false;
+        }
+        for conversation in self.conversations.values_mut().filter(|conversation| !conversation.stuck) {
+            let in_flight = conversation.outbox.as_ref().map_or(0, |outbox| outbox.in_flight());
+            let stuck_at = conversation.answered_ms + limits::STUCK_SHARD_MS;
+            if in_flight > 0 && stuck_at <= now {
+                conversation.stuck = true;
+                self.stuck += in_flight;
+            } else if in_flight > 0 {
+                self.times.room = Some(self.times.room.map_or(stuck_at, |at| at.min(stuck_at)));
+            }
+        }
+        has_room(self)
     }
 
     fn write_cursors(&mut self, out: &mut BytesMut) {
@@ -128,7 +152,7 @@ impl<S, R> Session<S, R> {
         let Some(conversation) = self.conversations.get_mut(id.as_str()) else { return };
         conversation.is_ready = false;
         let Some(outbox) = &mut conversation.outbox else { return };
-        if outbox.want(now) != Want::Send {
+        if outbox.want(now) != Want::Send || conversation.stuck {
             return;
         }
         let limits = self.limits;
@@ -149,6 +173,9 @@ impl<S, R> Session<S, R> {
             }
             if self.in_flight == 0 {
                 self.times.answered = now;
+            }
+            if outbox.in_flight() == 1 {
+                conversation.answered_ms = now;
             }
             self.in_flight += 1;
         }
@@ -276,7 +303,8 @@ impl<S, R> Session<S, R> {
         let ping = if self.times.pinged.is_none() { self.ping_at() } else { u64::MAX };
         let answer = if self.in_flight > 0 { self.times.answered + self.config.answer_ms } else { u64::MAX };
         let wake = self.wakes.first().map(|(at, _)| *at);
-        let others = [self.times.moves_due, self.times.leave, wake];
+        let room = self.times.room.filter(|_| !self.ready.is_empty());
+        let others = [self.times.moves_due, self.times.leave, wake, room];
         others.into_iter().flatten().chain([open, ping, answer]).min()
     }
 }

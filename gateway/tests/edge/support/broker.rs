@@ -36,6 +36,8 @@ pub(crate) struct Script {
     pub(crate) hold_heads: bool,
     /// Proposals are left lying.
     pub(crate) stuck: bool,
+    /// The same, only for this conversation.
+    pub(crate) stuck_in: Option<String>,
 }
 
 #[derive(Default)]
@@ -352,7 +354,11 @@ impl State {
                 return;
             }
             In::Propose(propose) => {
-                if self.script.stuck {
+                let of_stuck = |name: &String| {
+                    let command = internal::Command::decode(propose.command.clone()).unwrap();
+                    command.target == name.as_bytes()
+                };
+                if self.script.stuck || self.script.stuck_in.as_ref().is_some_and(of_stuck) {
                     return;
                 }
                 let result = if leads {

@@ -453,3 +453,36 @@ fn frames_in_the_wrong_state_and_unknown_versions_are_violations() {
     give(&mut device, 0, welcome()).unwrap();
     assert!(matches!(give(&mut device, 0, welcome()), Err(Violation::UnexpectedFrame(64))));
 }
+
+#[test]
+fn a_conversation_without_answers_leaves_the_window_to_the_others() {
+    let mut device = device();
+    open(&mut device, 0);
+    let count = |device: &mut Device, now| {
+        let question = question(&written(device, now)).unwrap();
+        give(device, now, state(question, 0)).unwrap();
+    };
+    device.send(1, &id("c"), text("c1"), "c1").unwrap();
+    count(&mut device, 1);
+    assert_eq!(numbers(&written(&mut device, 1)).len(), 1);
+    give(&mut device, 2, sent(1, 1)).unwrap();
+    // Its shard dies with a whole window of sends.
+    for ticket in ["c2", "c3", "c4", "c5", "c6"] {
+        device.send(2, &id("c"), text(ticket), ticket).unwrap();
+    }
+    assert_eq!(numbers(&written(&mut device, 2)).len(), 4);
+    device.send(3, &id("d"), text("d1"), "d1").unwrap();
+    count(&mut device, 3);
+    let stuck_at = 2 + limits::STUCK_SHARD_MS;
+    assert!(written(&mut device, stuck_at - 1).is_empty());
+    assert_eq!(device.deadline(), Some(stuck_at));
+    assert_eq!(numbers(&written(&mut device, stuck_at)), [(1, 0, &b"d1"[..])], "the other one goes on");
+    assert!(written(&mut device, stuck_at + 1).is_empty(), "and the stuck one sends no more");
+    give(&mut device, stuck_at + 2, v1::Sent { conversation: "d".into(), ..sent(1, 1) }).unwrap();
+    // The shard lives again: its sends count again, and go on.
+    for n in 2..=5 {
+        give(&mut device, stuck_at + 3, sent(n, n)).unwrap();
+    }
+    assert_eq!(numbers(&written(&mut device, stuck_at + 3)), [(6, 5, &b"c6"[..])]);
+    assert_eq!(answers(&mut device).len(), 6);
+}

@@ -1,5 +1,6 @@
-//! Where everything of a cluster of processes lies and listens: ports, configuration files, `cluster.json`. Made once;
-//! later starts find it. Must never move a node to other ports: its peers have them in their configurations.
+//! Where everything of a development cluster lies and listens: ports, configurations, `cluster.json`. For `dev`, whose
+//! nodes share a process, and for `cluster`, whose nodes are processes and keep what was written for them. Must never
+//! move a node of the latter to other ports: its peers have them in their configurations.
 //!
 //! ```text
 //! D/cluster.json   D/pki   D/keys   D/config/<node>.toml   D/logs/<node>.log   D/<broker> (data)   D/orders.json
@@ -19,9 +20,10 @@ use stentor_proto::ids::{BrokerId, DeviceId, UserId};
 use stentor_transport::pki::Pki;
 
 use crate::{
-    cluster_file::{self, ClusterFile, Node, Role, SigningKey, User},
+    cluster_file::{self, ClusterFile, Node, Role, User},
     context,
     failure::Failure,
+    keys,
     ports::{Ports, Wire},
 };
 
@@ -56,24 +58,31 @@ pub(crate) fn log_path(dir: &Path, node: &str) -> PathBuf {
     dir.join("logs").join(format!("{node}.log"))
 }
 
-/// Lays out a new cluster: keys, certificates, ports, configurations, `cluster.json`. Nothing is started. The ports stay
-/// chosen as long as `ports` lives.
-pub(crate) fn create(
-    dir: &Path,
-    size: Size,
-    key: (SigningKey, String),
-    ports: &mut Ports,
-) -> Result<ClusterFile, Failure> {
+/// Everything that the nodes of a cluster need to know. Nothing of it is written yet but keys and certificates.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    /// What `cluster.json` will say; no node has a pid.
+    pub(crate) file: ClusterFile,
+    /// Each broker's configuration.
+    pub(crate) brokers: Vec<BrokerConfig>,
+    /// Each gateway's.
+    pub(crate) gateways: Vec<GatewayConfig>,
+}
+
+/// Lays out a cluster: keys, certificates, ports, configurations. What stood in the folder `before` keeps its cluster
+/// id and its ports as far as they are free. The ports stay chosen as long as `ports` lives.
+pub(crate) fn plan(dir: &Path, size: Size, before: Option<&ClusterFile>, ports: &mut Ports) -> Result<Layout, Failure> {
+    let (signing_key, public_key_pem) = keys::signing_key(dir)?;
     let pki = Pki::create(&dir.join("pki")).map_err(Failure::failed)?;
-    let cluster_id = format!("{:016x}", rand::rng().random::<u64>());
+    let new_id = || format!("{:016x}", rand::rng().random::<u64>());
+    let cluster_id = before.map_or_else(new_id, |file| file.cluster_id.clone());
     let mut nodes = Vec::new();
     for number in 1..=size.brokers {
-        nodes.push(new_broker(dir, number, ports)?);
+        nodes.push(new_broker(dir, number, before, ports)?);
     }
     for number in 1..=size.gateways {
-        nodes.push(new_gateway(number, ports)?);
+        nodes.push(new_gateway(number, before, ports)?);
     }
-    let (signing_key, public_key_pem) = key;
     let app_key = KeyConfig { kid: signing_key.kid.clone(), algorithm: "EdDSA".into(), public_key_pem, dev: true };
     let apps = vec![AppConfig { app: APP.into(), keys: vec![app_key] }];
     let bootstrap = Bootstrap { cluster_id: cluster_id.clone(), shards: size.shards, apps };
@@ -87,19 +96,28 @@ pub(crate) fn create(
     let ca = pki.ca_path().to_owned();
     let file = ClusterFile { cluster_id, nodes, ca, app: APP.into(), admin_token, users, signing_key };
 
+    let (mut brokers, mut gateways) = (Vec::new(), Vec::new());
     for node in &file.nodes {
         match node.role {
-            Role::Broker => write_config(dir, &node.name, &broker_config(dir, &pki, &file, node, &bootstrap)?)?,
-            Role::Gateway => write_config(dir, &node.name, &gateway_config(dir, &pki, &file, node)?)?,
+            Role::Broker => brokers.push(broker_config(dir, &pki, &file, node, &bootstrap)?),
+            Role::Gateway => gateways.push(gateway_config(dir, &pki, &file, node)?),
         }
     }
+    Ok(Layout { file, brokers, gateways })
+}
+
+/// Lays out a new cluster of processes and writes their configurations. Nothing is started.
+pub(crate) fn create(dir: &Path, size: Size, ports: &mut Ports) -> Result<ClusterFile, Failure> {
+    let Layout { file, brokers, gateways } = plan(dir, size, None, ports)?;
+    brokers.iter().try_for_each(|config| write_config(dir, &config.name, config))?;
+    gateways.iter().try_for_each(|config| write_config(dir, &config.name, config))?;
     Ok(file)
 }
 
 /// Lays out one more gateway of an existing cluster and adds it to its file.
 pub(crate) fn add_gateway(dir: &Path, file: &mut ClusterFile, ports: &mut Ports) -> Result<Node, Failure> {
     let pki = Pki::create(&dir.join("pki")).map_err(Failure::failed)?;
-    let node = new_gateway(next_number(file, Role::Gateway), ports)?;
+    let node = new_gateway(next_number(file, Role::Gateway), None, ports)?;
     write_config(dir, &node.name, &gateway_config(dir, &pki, file, &node)?)?;
     file.nodes.push(node.clone());
     Ok(node)
@@ -115,30 +133,41 @@ fn number_of(name: &str) -> Option<u32> {
     name.rsplit_once('-')?.1.parse().ok()
 }
 
-fn new_broker(dir: &Path, number: u32, ports: &mut Ports) -> Result<Node, Failure> {
+/// The port that a node had last time, or its usual one.
+fn had(before: Option<&ClusterFile>, name: &str, field: fn(&Node) -> Option<SocketAddr>, usual: u16) -> u16 {
+    let node = before.and_then(|file| file.nodes.iter().find(|node| node.name == name));
+    node.and_then(field).map_or(usual, |address| address.port())
+}
+
+fn new_broker(dir: &Path, number: u32, before: Option<&ClusterFile>, ports: &mut Ports) -> Result<Node, Failure> {
     let name = format!("broker-{number}");
     let step = 10 * (number as u16 - 1);
+    let mut port = |field, usual| ports.choose(Wire::Tcp, had(before, &name, field, usual)).map(Some);
     Ok(Node {
         role: Role::Broker,
         pid: None,
-        api: Some(ports.choose(Wire::Tcp, 7410 + step)?),
-        peer: Some(ports.choose(Wire::Tcp, 7411 + step)?),
+        api: port(|n| n.api, 7410 + step)?,
+        peer: port(|n| n.peer, 7411 + step)?,
         quic: None,
-        http: Some(ports.choose(Wire::Tcp, 7490 + number as u16)?),
+        http: port(|n| n.http, 7490 + number as u16)?,
         data_dir: Some(dir.join(&name)),
         name,
     })
 }
 
-fn new_gateway(number: u32, ports: &mut Ports) -> Result<Node, Failure> {
+fn new_gateway(number: u32, before: Option<&ClusterFile>, ports: &mut Ports) -> Result<Node, Failure> {
+    let name = format!("gateway-{number}");
+    // The brokers' stand behind 7490.
+    let http = if number == 1 { 7490 } else { 7390 + number as u16 };
+    let (quic, http) = (had(before, &name, |n| n.quic, 7442 + number as u16), had(before, &name, |n| n.http, http));
     Ok(Node {
-        name: format!("gateway-{number}"),
+        name,
         role: Role::Gateway,
         pid: None,
         api: None,
         peer: None,
-        quic: Some(ports.choose(Wire::Udp, 7442 + number as u16)?),
-        http: Some(ports.choose(Wire::Tcp, 7390 + number as u16)?),
+        quic: Some(ports.choose(Wire::Udp, quic)?),
+        http: Some(ports.choose(Wire::Tcp, http)?),
         data_dir: None,
     })
 }
@@ -163,6 +192,7 @@ fn broker_config(
         http_listen: address(node.http)?,
         peers: peers.collect::<Result<_, Failure>>()?,
         tls: pki.issue(&node.name, &dir.join("pki")).map_err(Failure::failed)?,
+        development: true,
         bootstrap: Some(bootstrap.clone()),
         store: StoreTuning { cache_bytes: CACHE_BYTES_PER_BROKER, ..StoreTuning::default() },
     })
@@ -177,6 +207,7 @@ fn gateway_config(dir: &Path, pki: &Pki, file: &ClusterFile, node: &Node) -> Res
         http_listen: address(node.http)?,
         brokers: brokers.collect::<Result<_, Failure>>()?,
         tls: pki.issue(&node.name, &dir.join("pki")).map_err(Failure::failed)?,
+        development: true,
         limits: GatewayLimits { drain_ms: DRAIN_MS, ..GatewayLimits::default() },
     })
 }
@@ -201,14 +232,13 @@ fn write_config(dir: &Path, node: &str, config: &impl Serialize) -> Result<(), F
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys;
 
     #[test]
     fn every_node_gets_a_configuration_that_reads_back() {
         let dir = tempfile::tempdir().unwrap();
         let size = Size { brokers: 3, gateways: 2, shards: 4 };
         let mut ports = Ports::lock();
-        let mut file = create(dir.path(), size, keys::signing_key(dir.path()).unwrap(), &mut ports).unwrap();
+        let mut file = create(dir.path(), size, &mut ports).unwrap();
         let names: Vec<&str> = file.nodes.iter().map(|n| n.name.as_str()).collect();
         assert_eq!(names, ["broker-1", "broker-2", "broker-3", "gateway-1", "gateway-2"]);
         for node in &file.nodes {
@@ -219,5 +249,17 @@ mod tests {
             }
         }
         assert_eq!(add_gateway(dir.path(), &mut file, &mut ports).unwrap().name, "gateway-3");
+    }
+
+    #[test]
+    fn a_cluster_that_was_there_keeps_its_id_and_its_ports() {
+        let dir = tempfile::tempdir().unwrap();
+        let size = Size { brokers: 3, gateways: 1, shards: 4 };
+        let first = plan(dir.path(), size, None, &mut Ports::lock()).unwrap();
+        let again = plan(dir.path(), size, Some(&first.file), &mut Ports::lock()).unwrap();
+        assert_eq!(again.file.cluster_id, first.file.cluster_id);
+        assert_eq!(again.file.nodes, first.file.nodes);
+        assert_eq!(again.brokers[0].peers[2].peer_addr, first.brokers[2].peer_listen);
+        assert_eq!(again.gateways[0].brokers.len(), 3);
     }
 }

@@ -1,0 +1,72 @@
+//! Damage that was found while a directory was in use: noted in it, so that no later start works on it again, and
+//! published, so that this broker stops. Must never be taken back by this program: whoever deletes the directory does.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use tokio::sync::watch;
+
+use crate::{
+    db::DbError,
+    disk::Disk,
+    store::{Failure, REBUILD},
+    wal,
+};
+
+const NAME: &str = "damaged";
+/// What was noted is for people; a longer text is none of ours.
+const MAX_NOTE_BYTES: usize = 4 * 1024;
+
+/// Where damage is noted.
+pub(crate) struct Quarantine {
+    disk: Disk,
+    dir: PathBuf,
+    failed: watch::Sender<Option<Failure>>,
+}
+
+/// What an earlier process noted.
+pub(crate) fn noted(disk: &Disk, dir: &Path) -> io::Result<Option<String>> {
+    match disk.read(&dir.join(NAME)) {
+        Ok(mut note) => {
+            note.truncate(MAX_NOTE_BYTES);
+            Ok(Some(String::from_utf8_lossy(&note).into_owned()))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+impl Quarantine {
+    pub(crate) fn new(disk: &Disk, dir: &Path, failed: &watch::Sender<Option<Failure>>) -> Self {
+        Self { disk: disk.clone(), dir: dir.to_path_buf(), failed: failed.clone() }
+    }
+
+    /// Stored bytes are not what was written: for good. Blocks on the disk, once.
+    pub(crate) fn condemn(&self, what: &str) {
+        if let Err(error) = self.note(what) {
+            // It stops all the same, and whoever reads there again finds it again.
+            tracing::error!(%error, "the damage cannot be noted in the directory");
+        }
+        let what = format!("DAMAGED: {}: {what}; {REBUILD}", self.dir.display());
+        wal::fail(&self.failed, &Failure { what });
+    }
+
+    /// The same, if the error says so: RocksDB may meet damage in its own work.
+    pub(crate) fn judge(&self, error: &DbError) {
+        if let DbError::Corrupt(what) = error {
+            self.condemn(what);
+        }
+    }
+
+    fn note(&self, what: &str) -> io::Result<()> {
+        if noted(&self.disk, &self.dir)?.is_some() {
+            return Ok(());
+        }
+        let mut file = self.disk.create(&self.dir.join(NAME))?;
+        file.write_all(what.as_bytes())?;
+        file.sync_all()?;
+        self.disk.sync_dir(&self.dir)
+    }
+}
