@@ -241,7 +241,7 @@ fn with_fault(sent: &Sent, fault: Fault, n: u64) -> bool {
         let reached = disk.operations() >= n;
         disk.heal();
         // The process ends one way or the other: with its machine, or alone.
-        if matches!(fault, Fault::Fails(_)) && n % 2 == 0 {
+        if matches!(fault, Fault::Fails(_)) && n.is_multiple_of(2) {
             disk.cut_power()
         } else {
             disk.kill_process()
@@ -307,7 +307,7 @@ fn install_cut_twice(sent: &Sent, first: u64, second: u64) -> (bool, bool) {
         let at = format!("cut at {first}, then at {second}");
         let disk = MemoryDisk::new(first * 1_000 + second);
         // Nothing torn in every other run: the strictest old, and the strictest new.
-        disk.set_torn(second % 2 == 0);
+        disk.set_torn(second.is_multiple_of(2));
         let mut acknowledged = Acknowledged::default();
         let Ok(mut life) = Life::begin(&disk, &mut acknowledged).await else { panic!("{at}: the disk works") };
         life.write(0..30).await.unwrap();
