@@ -66,10 +66,3 @@ fn a_send_that_is_not_deduplicated_is_found_twice() {
     let kill = |broker| crash(&[broker], Death::Process, s(1));
     found(Bug::NoDeduplication, "I3", &busy(vec![at(3, kill(0)), at(5, kill(1)), at(7, kill(2)), at(9, kill(0))]));
 }
-
-#[test]
-fn a_send_that_overtakes_another_is_found_out_of_order() {
-    // Longer than a gateway waits for a shard's leader: some sends in flight are given up, later ones are not.
-    let halves = |one, other| crash(&[one, other], Death::Process, s(11));
-    found(Bug::LostSendOrder, "I10", &busy(vec![at(3, halves(0, 1)), at(18, halves(1, 2))]));
-}
