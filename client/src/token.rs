@@ -5,8 +5,9 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use tokio::time::timeout;
 
-/// How long a fresh token may take before the attempt to connect counts as failed.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a fresh token may take before the attempt to connect counts as failed: less than the 10 s for which a gateway
+/// waits for a hello on a new connection.
+const PATIENCE: Duration = Duration::from_secs(8);
 
 type Asked = Pin<Box<dyn Future<Output = Result<String, String>> + Send>>;
 

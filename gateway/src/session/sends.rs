@@ -23,7 +23,9 @@ impl Session {
     pub(super) fn send(&mut self, send: v1::Send, frame_bytes: usize) {
         self.core.metrics.sends.inc();
         let (conversation, send_no) = (send.conversation.clone(), send.send_no);
-        let shard = self.core.shard_of(&self.who.app, &conversation);
+        // Before anything is remembered of it: what is no id may be as long as a frame.
+        let known = ConversationId::new(&conversation).map_err(|_| Reason::BadId);
+        let shard = known.and_then(|_| self.core.shard_of(&self.who.app, &conversation));
         let admitted = shard.and_then(|shard| self.admit(shard, &send, frame_bytes).map(|()| shard));
         let made = admitted.and_then(|shard| Ok((shard, self.command_of(send)?)));
         match made {
