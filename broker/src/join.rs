@@ -253,8 +253,9 @@ pub(crate) async fn give_number(node: &Node, asked: JoinRequest) -> Result<Incar
     }
 }
 
-/// Gives a directory that has its incarnation on disk the places of the one before. Never later than it was asked for:
-/// if the lost directory comes back meanwhile, it must not be replaced by one that may be gone.
+/// Gives a directory that has its incarnation on disk the places of the one before. Never proposed later than it was asked
+/// for: if the lost directory comes back meanwhile, it must not be replaced by one that may be gone. What a leader
+/// without a quorum has appended may still commit later.
 ///
 /// # Errors
 /// The refusal.
@@ -309,8 +310,8 @@ async fn begin_meta(node: &Arc<Node>, hosted: &HostedShard, identity: &Identity)
 /// Why a directory takes part no more.
 pub(crate) fn replaced(own: ReplicaId, by: Incarnation) -> String {
     format!(
-        "REPLACED: this directory is incarnation {} of broker {}, and incarnation {by} took its place; delete the \
-         directory and start again: it joins empty",
+        "REPLACED: this directory is incarnation {} of broker {}, and incarnation {by} took its place; keep it until \
+         `stentor admin verify` is clean, then delete the directory and start again: it joins empty",
         own.incarnation, own.broker
     )
 }
