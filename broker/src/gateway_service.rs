@@ -200,12 +200,9 @@ impl Session {
         }
         let elsewhere = NotRead::NotLeader { leader: None, retry_here: false };
         let hosted = self.node.hosted(ShardId(interest.shard)).ok_or(elsewhere)?;
-        if !self.stream.may_add_interest() {
-            return Err(Reason::Overloaded.into());
-        }
         let term = hosted.leadership().term;
         let topic = topic(&interest.app, &interest.conversation, &interest.user);
-        let generation = hosted.effects.interest.add(&self.stream, topic);
+        let generation = hosted.effects.interest.add(&self.stream, topic).ok_or(Reason::Overloaded)?;
         Ok(Begun { hosted, term, generation })
     }
 

@@ -120,11 +120,6 @@ impl Attached {
         self.queue.push(BrokerFrame { frame: Some(frame) }, bytes + FRAME_BYTES);
     }
 
-    /// Whether one more interest is within the bound.
-    pub(crate) fn may_add_interest(&self) -> bool {
-        self.interests.load(Ordering::Relaxed) < limits::GATEWAY_INTERESTS
-    }
-
     fn live(&self, shard: ShardId, run: &Run<'_>, metrics: &Metrics) {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let records = run.records.iter().map(Bytes::len).sum::<usize>();
@@ -201,20 +196,25 @@ impl ShardInterest {
         Self { shard, state: Mutex::default() }
     }
 
-    /// From now on the stream gets everything of the topic that this leader applies.
-    pub(crate) fn add(&self, stream: &Arc<Attached>, topic: Topic<'_>) -> Generation {
+    /// From now on the stream gets everything of the topic that this leader applies. `None`: it is new there, and the
+    /// stream has as many interests as it may have.
+    pub(crate) fn add(&self, stream: &Arc<Attached>, topic: Topic<'_>) -> Option<Generation> {
         let mut state = self.state.lock();
         let generation = state.next_generation;
         state.next_generation += 1;
-        let streams = state.topics.entry(topic.to_key()).or_default();
-        if let Some(known) = streams.iter_mut().find(|s| s.stream.id == stream.id) {
+        let known = state.topics.get_mut(&topic).and_then(|all| all.iter_mut().find(|s| s.stream.id == stream.id));
+        if let Some(known) = known {
             known.generation = generation;
-            return generation;
+            return Some(generation);
         }
-        streams.push(Interested { stream: stream.clone(), generation });
+        if stream.interests.load(Ordering::Relaxed) >= limits::GATEWAY_INTERESTS {
+            return None;
+        }
+        let interested = Interested { stream: stream.clone(), generation };
+        state.topics.entry(topic.to_key()).or_default().push(interested);
         stream.interests.fetch_add(1, Ordering::Relaxed);
         state.streams.entry(stream.id).or_insert_with(|| (stream.clone(), 0)).1 += 1;
-        generation
+        Some(generation)
     }
 
     /// No more of the topic for this stream.

@@ -48,17 +48,17 @@ fn a_registration_that_fails_takes_no_newer_one_with_it() {
     let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
     let stream = Attached::new("one".into());
     let mut out = Batches::of(stream.queue.clone());
-    let older = interest.add(&stream, Topic::conversation("app", "a"));
+    let older = interest.add(&stream, Topic::conversation("app", "a")).unwrap();
     interest.remove(&stream, Topic::conversation("app", "a"));
-    let newer = interest.add(&stream, Topic::conversation("app", "a"));
+    let newer = interest.add(&stream, Topic::conversation("app", "a")).unwrap();
     interest.withdraw(&stream, Topic::conversation("app", "a"), older);
     interest.fan_out(&[event("a", 1, 10)], &metrics);
     assert_eq!(frames(&mut out).len(), 1, "the newer one stands");
-    let newest = interest.add(&stream, Topic::conversation("app", "a"));
+    let newest = interest.add(&stream, Topic::conversation("app", "a")).unwrap();
     interest.withdraw(&stream, Topic::conversation("app", "a"), newer);
     interest.close(4);
     assert_eq!(frames(&mut out).len(), 1, "told that it is over, since it was still there");
-    let after = interest.add(&stream, Topic::conversation("app", "a"));
+    let after = interest.add(&stream, Topic::conversation("app", "a")).unwrap();
     interest.withdraw(&stream, Topic::conversation("app", "a"), newest);
     assert_eq!(interest.streams().len(), 1, "one of before the end does not end one of after it");
     interest.withdraw(&stream, Topic::conversation("app", "a"), after);
@@ -121,4 +121,16 @@ fn a_users_head_goes_to_whoever_wants_it_and_is_not_lost_when_there_is_no_room()
     let seen = frames(&mut out);
     let Some(Frame::Beat(beat)) = seen.last() else { panic!("{seen:?}") };
     assert!(beat.heads.iter().any(|hint| (hint.user.as_str(), hint.head) == ("ann", 5)), "{:?}", beat.heads);
+}
+
+#[test]
+fn a_stream_at_its_bound_keeps_what_it_has_and_gets_no_more() {
+    let interest = ShardInterest::new(ShardId(3));
+    let stream = Attached::new("one".into());
+    let first = interest.add(&stream, Topic::conversation("app", "a")).unwrap();
+    stream.interests.store(limits::GATEWAY_INTERESTS, Ordering::Relaxed);
+    assert_eq!(interest.add(&stream, Topic::conversation("app", "b")), None);
+    let again = interest.add(&stream, Topic::conversation("app", "a"));
+    assert!(again > Some(first), "what is registered may be registered anew");
+    assert_eq!(interest.state.lock().topics.len(), 1, "a refused one leaves nothing behind");
 }

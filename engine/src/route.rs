@@ -36,11 +36,22 @@ struct Entry<T> {
     /// Of the last attempt; ascending along the sent part of the pipe.
     id: u64,
     pushed_ms: u64,
-    /// It went out, on this route or an earlier one.
+    /// It went out on the present route.
     was_sent: bool,
+    /// It went out on an earlier route, and nobody said that it was not proposed there.
+    doubt: bool,
     command: Bytes,
     /// `None`: answered, only holding its place until what stands before it is answered too.
     tag: Option<T>,
+}
+
+/// Whom an answer is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answered<T> {
+    /// As pushed.
+    pub tag: T,
+    /// An earlier attempt may have been applied: a refusal of this one does not say that nothing happened.
+    pub doubt: bool,
 }
 
 /// The unanswered proposals for one shard, oldest first. `T` says whom an answer is for.
@@ -74,7 +85,14 @@ impl<T> Pipe<T> {
         }
         self.bytes += command.len();
         self.open += 1;
-        self.entries.push_back(Entry { id: 0, pushed_ms: now_ms, was_sent: false, command, tag: Some(tag) });
+        self.entries.push_back(Entry {
+            id: 0,
+            pushed_ms: now_ms,
+            was_sent: false,
+            doubt: false,
+            command,
+            tag: Some(tag),
+        });
         Ok(())
     }
 
@@ -90,14 +108,14 @@ impl<T> Pipe<T> {
     }
 
     /// The answer to an attempt: whom it is for. `None` for an abandoned attempt, or one that was answered.
-    pub fn answered(&mut self, id: u64) -> Option<T> {
+    pub fn answered(&mut self, id: u64) -> Option<Answered<T>> {
         let at = self.find(id)?;
         let entry = self.entries.get_mut(at)?;
-        let tag = entry.tag.take()?;
+        let answered = Answered { tag: entry.tag.take()?, doubt: entry.doubt };
         self.bytes -= std::mem::take(&mut entry.command).len();
         self.open -= 1;
         self.drop_answered_front();
-        Some(tag)
+        Some(answered)
     }
 
     /// Whether this id is an unanswered attempt on the present route.
@@ -105,11 +123,21 @@ impl<T> Pipe<T> {
         self.find(id).and_then(|at| self.entries.get(at)).is_some_and(|entry| entry.tag.is_some())
     }
 
+    /// The answer to an attempt: it was not proposed, and goes out again after the [`Self::reset`] that follows.
+    pub fn not_proposed(&mut self, id: u64) {
+        if let Some(entry) = self.find(id).and_then(|at| self.entries.get_mut(at)) {
+            entry.was_sent = false;
+        }
+    }
+
     /// The route changed: everything that has no answer will be sent again, in order.
     pub fn reset(&mut self) {
         self.entries.retain(|entry| entry.tag.is_some());
         // An id of an abandoned attempt must not be found, nor disturb the order of ids among the sent ones.
-        self.entries.iter_mut().for_each(|entry| entry.id = 0);
+        for entry in &mut self.entries {
+            entry.id = 0;
+            entry.doubt |= std::mem::take(&mut entry.was_sent);
+        }
         self.sent = 0;
     }
 
@@ -123,7 +151,7 @@ impl<T> Pipe<T> {
             self.bytes -= entry.command.len();
             if let Some(tag) = entry.tag {
                 self.open -= 1;
-                gone(tag, if entry.was_sent { Expired::Unknown } else { Expired::Unsent });
+                gone(tag, if entry.was_sent || entry.doubt { Expired::Unknown } else { Expired::Unsent });
             }
         }
     }

@@ -100,7 +100,7 @@ impl World {
             }
             Op::Answer => {
                 let Some((_, id, answer)) = self.answers.pop_front() else { return };
-                let Some(send_no) = self.pipe.answered(id) else { return };
+                let Some(Answered { tag: send_no, .. }) = self.pipe.answered(id) else { return };
                 let Answer::Accepted { seq } = answer else { panic!("a pipe in order met OUT_OF_ORDER") };
                 assert!(self.results[send_no as usize - 1].replace(seq).is_none(), "answered twice");
             }
@@ -154,7 +154,7 @@ fn a_full_pipe_refuses_and_changes_nothing() {
     assert_eq!(pipe.push(Bytes::from_static(b"x"), 'b', 0), Err(Full));
     let mut ids = Vec::new();
     pipe.send(|id, _| ids.push(id));
-    assert_eq!(pipe.answered(ids[0]), Some('a'));
+    assert_eq!(pipe.answered(ids[0]).map(|a| a.tag), Some('a'));
     assert_eq!(pipe.answered(ids[0]), None);
     pipe.push(Bytes::from_static(b"x"), 'b', 5).unwrap();
     pipe.push(Bytes::from_static(b"y"), 'c', 6).unwrap();
@@ -171,15 +171,15 @@ fn answers_may_come_in_any_order_and_old_attempts_meet_nobody() {
     let mut first = Vec::new();
     pipe.send(|id, _| first.push(id));
     assert_eq!(first, [10, 11, 12, 13]);
-    assert_eq!(pipe.answered(12), Some(2));
+    assert_eq!(pipe.answered(12).map(|a| a.tag), Some(2));
     assert!(pipe.awaits(11) && !pipe.awaits(12));
     pipe.reset();
     assert_eq!(pipe.answered(11), None);
     let mut second = Vec::new();
     pipe.send(|id, command| second.push((id, send_no(command))));
     assert_eq!(second, [(14, 0), (15, 1), (16, 3)]);
-    assert_eq!(pipe.answered(16), Some(3));
-    assert_eq!(pipe.answered(14), Some(0));
+    assert_eq!(pipe.answered(16).map(|a| a.tag), Some(3));
+    assert_eq!(pipe.answered(14).map(|a| a.tag), Some(0));
     assert_eq!(pipe.len(), 1);
 }
 
@@ -191,12 +191,12 @@ fn what_waited_too_long_is_given_up_from_the_front() {
     }
     let mut ids = Vec::new();
     pipe.send(|id, _| ids.push(id));
-    assert_eq!(pipe.answered(ids[1]), Some(1));
+    assert_eq!(pipe.answered(ids[1]).map(|a| a.tag), Some(1));
     let mut gone = Vec::new();
     pipe.expire(8, |tag, what| gone.push((tag, what)));
     assert_eq!(gone, [(0, Expired::Unknown)]);
     assert_eq!(pipe.answered(ids[0]), None);
-    assert_eq!(pipe.answered(ids[2]), Some(2));
+    assert_eq!(pipe.answered(ids[2]).map(|a| a.tag), Some(2));
     assert!(pipe.is_empty());
 }
 
@@ -210,6 +210,37 @@ fn what_was_sent_on_any_route_is_never_said_to_have_not_happened() {
     let mut gone = Vec::new();
     pipe.expire(2, |tag, what| gone.push((tag, what)));
     assert_eq!(gone, [(0, Expired::Unknown), (1, Expired::Unsent)]);
+}
+
+#[test]
+fn a_refusal_after_an_attempt_without_an_answer_is_doubted() {
+    let mut pipe = Pipe::new(1, LIMITS);
+    (0..3).for_each(|tag| pipe.push(command(tag), tag, 1).unwrap());
+    let mut ids = Vec::new();
+    pipe.send(|id, _| ids.push(id));
+    pipe.not_proposed(ids[0]);
+    pipe.reset();
+    pipe.push(command(3), 3, 1).unwrap();
+    ids.clear();
+    pipe.send(|id, _| ids.push(id));
+    // Doubt stays, whatever a later attempt is told.
+    pipe.not_proposed(ids[1]);
+    pipe.reset();
+    ids.clear();
+    pipe.send(|id, _| ids.push(id));
+    let told: Vec<_> = ids.iter().filter_map(|&id| pipe.answered(id)).map(|a| (a.tag, a.doubt)).collect();
+    assert_eq!(told, [(0, true), (1, true), (2, true), (3, true)], "the second reset said nothing of these attempts");
+
+    let mut pipe = Pipe::new(1, LIMITS);
+    (0..2).for_each(|tag| pipe.push(command(tag), tag, 1).unwrap());
+    ids.clear();
+    pipe.send(|id, _| ids.push(id));
+    pipe.not_proposed(ids[0]);
+    pipe.reset();
+    ids.clear();
+    pipe.send(|id, _| ids.push(id));
+    let told: Vec<_> = ids.iter().filter_map(|&id| pipe.answered(id)).map(|a| (a.tag, a.doubt)).collect();
+    assert_eq!(told, [(0, false), (1, true)]);
 }
 
 #[test]

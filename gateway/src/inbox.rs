@@ -152,6 +152,11 @@ impl Inbox {
         self.tell(|news| news.refused.push((place, refusal)));
     }
 
+    /// Takes the refusals only; they say nothing of what came before them.
+    pub(crate) fn take_refused(&self) -> Vec<(Place, v1::Refusal)> {
+        std::mem::take(&mut self.news.lock().refused)
+    }
+
     /// Where a stream that rests stands, if there is news for it that was not taken.
     pub(crate) fn before(&self, place: Place) -> Option<Seq> {
         let news = self.news.lock();

@@ -9,7 +9,7 @@ use std::{
 use stentor_engine::{
     effect::Outcome,
     limits,
-    route::{Expired, Pipe, PipeLimits, Route},
+    route::{Answered, Expired, Pipe, PipeLimits, Route},
 };
 use stentor_proto::{
     Bytes,
@@ -91,8 +91,9 @@ pub(crate) struct Shard {
     beat_ms: u64,
     term: u64,
     not_before_ms: u64,
-    /// Registrations that got a retryable refusal are tried again then.
-    register_at_ms: Option<u64>,
+    /// (when, slot), in order: registrations that got a retryable refusal, to be tried again. Each has a registration
+    /// under way or stands here, so there are no more than slots.
+    register_later: VecDeque<(u64, Slot)>,
 }
 
 impl Shard {
@@ -115,7 +116,7 @@ impl Shard {
             beat_ms: 0,
             term: 0,
             not_before_ms: 0,
-            register_at_ms: None,
+            register_later: VecDeque::new(),
         }
     }
 
@@ -280,9 +281,8 @@ impl Shard {
             if self.is_silent(around.now_ms) {
                 tracing::info!(shard = %self.id, %broker, "the leader is silent; looking elsewhere");
                 self.lost(broker, around);
-            } else if self.register_at_ms.is_some_and(|at| at <= around.now_ms) {
-                self.register_at_ms = None;
-                self.register_all(around);
+            } else {
+                self.register_again(around);
             }
         }
         self.flush(around);
@@ -341,9 +341,21 @@ impl Shard {
 
     fn register_all(&mut self, around: &Around<'_>) {
         self.epoch += 1;
+        self.register_later.clear();
         self.fanout.unregister();
         let slots: Vec<Slot> = self.fanout.slots().collect();
         let mut frames = slots.into_iter().map(|slot| self.interest(slot)).collect();
+        self.out(&mut frames, around);
+    }
+
+    fn register_again(&mut self, around: &Around<'_>) {
+        let mut frames = Vec::new();
+        while self.register_later.front().is_some_and(|&(at_ms, _)| at_ms <= around.now_ms) {
+            let Some((_, slot)) = self.register_later.pop_front() else { break };
+            if self.fanout.lacks_interest(slot) {
+                frames.push(self.interest(slot));
+            }
+        }
         self.out(&mut frames, around);
     }
 
@@ -383,6 +395,7 @@ impl Shard {
         let asked = std::mem::take(&mut self.asked);
         asked.into_values().rev().for_each(|query| self.waiting.push_front(query));
         self.epoch += 1;
+        self.register_later.clear();
         self.fanout.unregister();
     }
 
@@ -400,7 +413,12 @@ impl Shard {
             return;
         }
         let result = match done.result {
-            Some(proposed::Result::NotLeader(not_leader)) => return self.not_leader(from, &not_leader, around),
+            Some(proposed::Result::NotLeader(not_leader)) => {
+                if !not_leader.unknown {
+                    self.pipe.not_proposed(done.id);
+                }
+                return self.not_leader(from, &not_leader, around);
+            }
             Some(proposed::Result::Outcome(outcome)) => {
                 self.route.confirmed();
                 Ok(Reply::Outcome(Outcome::from_proto(&outcome)))
@@ -408,8 +426,8 @@ impl Shard {
             Some(proposed::Result::Refusal(refusal)) => Err(refusal),
             None => Err(Reason::Internal.refusal()),
         };
-        if let Some(ticket) = self.pipe.answered(done.id) {
-            ticket.answer(result);
+        if let Some(Answered { tag: ticket, doubt }) = self.pipe.answered(done.id) {
+            ticket.answer(result.map_err(|refusal| if doubt { Reason::OutcomeUnknown.refusal() } else { refusal }));
         }
     }
 
@@ -448,10 +466,7 @@ impl Shard {
             Some(interest_state::Result::Refusal(refusal)) if !refusal.retryable => {
                 self.fanout.refused(slot, &refusal, &around.sessions.read());
             }
-            _ => {
-                let at_ms = around.now_ms + limits::RETRY_MS;
-                self.register_at_ms.get_or_insert(at_ms);
-            }
+            _ => self.register_later.push_back((around.now_ms + limits::RETRY_MS, slot)),
         }
     }
 

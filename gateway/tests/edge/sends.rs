@@ -1,6 +1,6 @@
 //! Sends: answered once and in order, whatever leaders and streams do; refusals that take their number.
 
-use stentor_proto::{Bytes, v1};
+use stentor_proto::{Bytes, reason::Reason, v1};
 
 use super::support::{Cluster, Device, until};
 
@@ -133,6 +133,27 @@ async fn a_broken_stream_neither_loses_nor_doubles_a_send() {
     all_answered(&mut device, 1, 60).await;
     in_order(&cluster, 60);
     assert!(cluster.metric("stentor_gateway_reroutes_total").await >= 1.0);
+}
+
+/// The second attempt was refused, but the first one was applied: "refused" would be a lie.
+#[tokio::test]
+async fn a_refusal_after_an_attempt_without_an_answer_leaves_the_outcome_unknown() {
+    let cluster = Cluster::start().await;
+    cluster.world.create("c", &["ann"], 0);
+    let mut device = cluster.device("ann", "phone").await;
+    cluster.world.script(|script| script.swallow_answers = true);
+    send_all(&mut device, 1, 1).await;
+    until("it is applied", async || cluster.world.head("c") == 1).await;
+    cluster.world.script(|script| {
+        script.swallow_answers = false;
+        script.refuse_proposals = Some(Reason::Overloaded);
+    });
+    cluster.world.cut(1);
+    assert_eq!(refusal(&mut device).await, (1, "OUTCOME_UNKNOWN".into()));
+    cluster.world.script(|script| script.refuse_proposals = None);
+    send_all(&mut device, 1, 1).await;
+    all_answered(&mut device, 1, 1).await;
+    in_order(&cluster, 1);
 }
 
 #[tokio::test]

@@ -56,6 +56,27 @@ async fn streams_that_cannot_be_are_refused_with_their_reason() {
     assert_eq!(ann.subscribe("mine", 3).await.refusal, None, "nothing else is disturbed");
 }
 
+#[tokio::test]
+async fn an_interest_that_is_refused_for_now_is_asked_for_again_alone() {
+    let cluster = Cluster::start().await;
+    let in_one_shard = ["c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7"];
+    in_one_shard.iter().for_each(|name| cluster.world.create(name, &["ann"], 1));
+    let mut ann = cluster.device("ann", "phone").await;
+    for name in &in_one_shard[1..] {
+        ann.subscribe(name, 1).await;
+        live(&cluster, name).await;
+    }
+    cluster.world.script(|script| script.refuse_interest_in = Some("c0".into()));
+    ann.send(v1::Subscribe { conversation: "c0".into(), after_seq: 0, from_head: false }).await;
+    until("it is asked for again", async || cluster.world.registrations_of("c0") >= 3).await;
+    cluster.world.script(|script| script.refuse_interest_in = None);
+    assert_eq!(ann.state().await.conversation, "c0");
+    ann.events("c0", 0, 1).await;
+    for name in &in_one_shard[1..] {
+        assert_eq!(cluster.world.registrations_of(name), 1, "{name} was registered all the time");
+    }
+}
+
 /// A device that begins and ends a stream again and again makes the gateway hold one question, not one for each time.
 #[tokio::test]
 async fn streams_that_come_and_go_leave_no_questions_behind() {

@@ -38,6 +38,10 @@ pub(crate) struct Script {
     pub(crate) stuck: bool,
     /// The same, only for this conversation.
     pub(crate) stuck_in: Option<String>,
+    /// Refuses every proposal for this reason, before anything happens.
+    pub(crate) refuse_proposals: Option<Reason>,
+    /// Refuses interest in this conversation for now.
+    pub(crate) refuse_interest_in: Option<String>,
 }
 
 #[derive(Default)]
@@ -88,7 +92,8 @@ pub(super) struct State {
     public_pem: String,
     brokers: u32,
     commands: Vec<internal::Command>,
-    registrations: u64,
+    /// Their topics.
+    registrations: Vec<String>,
     lists: Vec<u64>,
     kept_back: Option<Vec<(String, Bytes)>>,
 }
@@ -232,8 +237,13 @@ impl World {
         self.0.lock().unwrap().held_heads.len()
     }
 
-    pub(crate) fn registrations(&self) -> u64 {
-        self.0.lock().unwrap().registrations
+    pub(crate) fn registrations(&self) -> usize {
+        self.0.lock().unwrap().registrations.len()
+    }
+
+    /// Registrations of one conversation, refused ones counted too.
+    pub(crate) fn registrations_of(&self, conversation: &str) -> usize {
+        self.0.lock().unwrap().registrations.iter().filter(|of| *of == conversation).count()
     }
 
     /// Another session of this device begins through another gateway.
@@ -361,7 +371,9 @@ impl State {
                 if self.script.stuck || self.script.stuck_in.as_ref().is_some_and(of_stuck) {
                     return;
                 }
-                let result = if leads {
+                let result = if let Some(reason) = self.script.refuse_proposals {
+                    proposed::Result::Refusal(reason.refusal())
+                } else if leads {
                     proposed::Result::Outcome(self.apply(&propose.command).to_proto())
                 } else {
                     proposed::Result::NotLeader(self.not_leader())
@@ -373,7 +385,7 @@ impl State {
             }
             In::Interest(interest) => {
                 let result = if leads {
-                    self.registrations += 1;
+                    self.registrations.push(topic(&interest.conversation, &interest.user));
                     self.register(stream, &interest)
                 } else {
                     interest_state::Result::NotLeader(self.not_leader())
@@ -397,6 +409,9 @@ impl State {
     }
 
     fn register(&mut self, stream: u64, interest: &internal::Interest) -> interest_state::Result {
+        if self.script.refuse_interest_in.as_ref() == Some(&interest.conversation) {
+            return interest_state::Result::Refusal(Reason::Overloaded.refusal());
+        }
         let head = match self.conversations.get(&interest.conversation) {
             _ if !interest.user.is_empty() => self.users.get(&interest.user).map_or(0, |user| user.head),
             Some(found) => found.records.len() as u64,
