@@ -23,6 +23,7 @@ mod outbox;
 mod queue;
 mod raft;
 mod reads;
+mod replaced;
 mod router;
 mod shard;
 mod start;

@@ -29,6 +29,7 @@ use crate::{
     clocks::Clocks,
     metrics::Metrics,
     queue::{Batches, FrameQueue},
+    replaced::{REPLACED, Replaced},
 };
 
 /// Which of the streams of a pair of brokers.
@@ -72,6 +73,7 @@ pub(crate) struct Link {
     peer: BrokerId,
     next_id: AtomicU64,
     state: Mutex<State>,
+    replaced: Arc<Replaced>,
 }
 
 #[derive(Default)]
@@ -90,8 +92,8 @@ pub(crate) struct Route {
 }
 
 impl Link {
-    pub(crate) fn new(peer: BrokerId) -> Arc<Self> {
-        Arc::new(Self { peer, next_id: AtomicU64::new(1), state: Mutex::default() })
+    pub(crate) fn new(peer: BrokerId, replaced: &Arc<Replaced>) -> Arc<Self> {
+        Arc::new(Self { peer, next_id: AtomicU64::new(1), state: Mutex::default(), replaced: replaced.clone() })
     }
 
     fn frame(&self, route: Route, id: u64, message: Message) -> PeerFrame {
@@ -179,6 +181,9 @@ impl Link {
         match frame.message {
             Some(Message::Beat(beat)) => clocks.heard(self.peer, beat.wall_ms, Instant::now()),
             Some(Message::Error(error)) => {
+                if error.reason == REPLACED {
+                    self.replaced.note(ShardId(frame.shard));
+                }
                 let refused = LinkError::Refused(self.peer, format!("{}: {}", error.reason, error.message));
                 self.answered(frame.id, Err(refused));
             }
@@ -278,7 +283,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_waits_on_a_broken_stream_fails_at_once() {
-        let link = Link::new(BrokerId(2));
+        let link = Link::new(BrokerId(2), &Arc::default());
         let vote = || Message::Vote(internal::VoteRequest::default());
         assert_eq!(link.ask(route(), vote()).await, Err(LinkError::NotConnected(BrokerId(2))));
         link.connected(FrameQueue::new(1000));
@@ -296,9 +301,24 @@ mod tests {
         assert_eq!(receiver.recv().await, Some((id, Err(LinkError::Broken(BrokerId(2))))));
     }
 
+    #[test]
+    fn whoever_is_refused_as_replaced_notes_the_shard() {
+        let replaced = Arc::<Replaced>::default();
+        let link = Link::new(BrokerId(2), &replaced);
+        let error = |reason: &str| PeerFrame {
+            shard: 7,
+            message: Some(Message::Error(internal::PeerError { reason: reason.into(), ..Default::default() })),
+            ..Default::default()
+        };
+        link.received(error("NO_REPLICA"), &Clocks::default());
+        assert!(!replaced.has(ShardId(7)));
+        link.received(error(REPLACED), &Clocks::default());
+        assert!(replaced.has(ShardId(7)) && !replaced.has(ShardId(8)));
+    }
+
     #[tokio::test]
     async fn a_caller_that_gave_up_leaves_nothing_behind() {
-        let link = Link::new(BrokerId(2));
+        let link = Link::new(BrokerId(2), &Arc::default());
         link.connected(FrameQueue::new(1000));
         let asking = tokio::spawn({
             let link = link.clone();
