@@ -20,6 +20,7 @@ mod metrics;
 mod network;
 mod node;
 mod outbox;
+mod pulse;
 mod queue;
 mod raft;
 mod reads;

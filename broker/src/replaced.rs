@@ -52,7 +52,8 @@ fn verdict(own: ReplicaId, by: Incarnation) -> String {
     let by = if by > own.incarnation { format!("incarnation {by}") } else { "a newer one".into() };
     format!(
         "REPLACED: this directory is incarnation {} of broker {}, and {by} took its place in every shard; keep it until \
-         `stentor admin verify` is clean, then delete the directory and start again: it joins empty",
+         `stentor admin verify` is clean, and only then delete it; where no newer one runs, put it aside and start this \
+         broker without a directory: it joins empty",
         own.incarnation, own.broker
     )
 }

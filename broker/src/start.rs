@@ -43,6 +43,7 @@ use crate::{
     metrics::Metrics,
     network::{Links, server::PeerService},
     node::{Node, NodeParts},
+    pulse,
     raft::LEASE,
     router::Peers,
     shard::HostedShard,
@@ -163,6 +164,7 @@ pub async fn start_in(environment: Environment, config: BrokerConfig) -> Result<
     serve(&node, &mut servers, (peer, &peer_tls), (api, &api_tls), http)?;
     tasks.spawn(join::take_part(node.clone()));
     tasks.spawn(membership::run(node.clone()));
+    tasks.spawn(pulse::run(node.clone()));
     tasks.spawn(upkeep::checkpoints(node.clone()));
     tasks.spawn(upkeep::rounds(node.clone()));
     tasks.spawn(upkeep::failures(node.clone()));

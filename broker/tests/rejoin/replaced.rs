@@ -12,6 +12,7 @@ use std::{
 
 use futures_util::Stream;
 use stentor_broker::PeerConfig;
+use stentor_proto::v1::{TransferLeaderRequest, admin_client::AdminClient};
 use stentor_proto::{
     ids::{BrokerId, Incarnation, ReplicaId},
     internal::{
@@ -142,6 +143,17 @@ async fn a_directory_votes_until_its_successor_does() {
     all_there(&cluster, 0, sent).await;
     let status = cluster.status(0).await.unwrap();
     assert!(status.shards.iter().all(|s| s.quorum), "{status:?}");
+    // It also leads: nobody refuses its votes and appends.
+    for shard in status.shards.iter().map(|s| s.shard) {
+        eventually("the first directory leads", || async {
+            let asked = TransferLeaderRequest { shard, broker: "broker-3".into() };
+            let asked = support::with_token(asked, &cluster.token("operator", None, true));
+            let _ = AdminClient::new(cluster.api(0)).transfer_leader(asked).await;
+            (cluster.leader_of(0, shard).await == Some(2)).then_some(())
+        })
+        .await;
+    }
+    sent = send(&cluster, 0, sent, 5, "led by the first directory").await;
     // What votes no longer where it was wanted no more is seen, and an empty directory mends it.
     assert!(status.shards.iter().all(|s| !s.settled), "{status:?}");
     cluster.start_one(1).await;
