@@ -242,8 +242,7 @@ fn serve(
     probes.set_started(true);
     let serving = serve_probes(http, probes.clone(), node.stop.clone().cancelled_owned());
     run(node, servers, "probes", serving);
-    servers.spawn(upkeep::probes(node.clone(), probes));
-    servers.spawn(report_health(node.clone(), health));
+    servers.spawn(upkeep::probes(node.clone(), probes, health));
     Ok(())
 }
 
@@ -259,19 +258,6 @@ fn run<E: std::fmt::Display>(
             node.fail(&format!("{what}: {error}"));
         }
     });
-}
-
-async fn report_health(node: Arc<Node>, health: tonic_health::server::HealthReporter) {
-    use tonic_health::ServingStatus::{NotServing, Serving};
-    let mut every = tokio::time::interval(Duration::from_millis(200));
-    while !node.stop.is_cancelled() {
-        tokio::select! {
-            _ = every.tick() => {}
-            () = node.stop.cancelled() => {}
-        }
-        let status = if upkeep::is_ready(&node) { Serving } else { NotServing };
-        health.set_service_status("", status).await;
-    }
 }
 
 /// A voter that has answered lately; different ones for different shards, so that none gets everything.
