@@ -2,7 +2,7 @@
 //! incarnation that nobody had before. Must never open a replica from a directory whose place is not certain: an empty
 //! one under an old id would vote away what its predecessor had promised.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 use stentor_engine::{
@@ -31,7 +31,7 @@ const JOIN_PATIENCE: Duration = Duration::from_secs(15);
 const AGAIN: Duration = Duration::from_millis(50);
 /// The same for brokers that are away while this one works already.
 const AGAIN_LATER: Duration = Duration::from_secs(1);
-/// The same when all who answer know this directory.
+/// The same when all of them know this directory.
 const AGAIN_RARELY: Duration = Duration::from_secs(10);
 
 /// Finds out which directory this is, then opens the meta shard and follows it.
@@ -328,19 +328,23 @@ async fn begin_meta(node: &Arc<Node>, hosted: &HostedShard, identity: &Identity)
 /// them, since its own meta shard may get nothing any more. Goes on for as long as the broker runs: a directory may be
 /// replaced while its process is alive and nobody can reach it.
 async fn announce(node: &Node, own: ReplicaId, cluster_id: &str) {
+    let mut strangers: BTreeSet<BrokerId> = others(node).collect();
     loop {
-        let mut known = true;
         for (peer, told) in ask_all(node).await {
-            let Some(told) = told else { continue };
+            let Some(told) = told.filter(|told| told.answer.cluster_id == cluster_id) else { continue };
             if told.current > own.incarnation && node.links.replaced.note_all(told.replaced, told.current) {
                 replaced::warn(own, told.current);
             }
-            known &= told.current == own.incarnation;
+            if told.current == own.incarnation {
+                strangers.remove(&peer);
+            } else {
+                strangers.insert(peer);
+            }
             if told.current > Incarnation(0) && told.current < own.incarnation {
                 take_places(node, peer, own, cluster_id).await;
             }
         }
-        if !pause(node, if known { AGAIN_RARELY } else { AGAIN_LATER }).await {
+        if !pause(node, if strangers.is_empty() { AGAIN_RARELY } else { AGAIN_LATER }).await {
             return;
         }
     }
