@@ -1,7 +1,7 @@
 //! Opens the replicas that the placement gives to this broker. Must never initialize a shard that has ever committed:
 //! an empty log in place of a lost one would vote history away.
 
-use std::{ops::Range, sync::Arc};
+use std::{collections::BTreeSet, ops::Range, sync::Arc};
 
 use openraft::{RaftLogReader, storage::RaftLogStorage};
 use stentor_engine::command;
@@ -58,16 +58,17 @@ pub(crate) async fn open(
     let vote = parts.log.get_log_reader().await.read_vote().await.map_err(|e| HostError::Log(shard, e))?;
     let voted_before = vote.is_some();
     let silent = voted_before && node.within_first_lease();
-    let config = raft::config(shard, !silent).map_err(|e| HostError::Raft(shard, e.to_string()))?;
+    let config = raft::config(shard, !silent && !node.links.replaced.has(shard))
+        .map_err(|e| HostError::Raft(shard, e.to_string()))?;
     let factory = Factory { shard, own, links: node.links.clone() };
     let raft = Raft::new(own, config, factory, parts.log, parts.machine)
         .await
         .map_err(|e| HostError::Raft(shard, e.to_string()))?;
     if silent {
-        let (raft, left) = (raft.clone(), node.first_lease_left());
+        let (raft, links, left) = (raft.clone(), node.links.clone(), node.first_lease_left());
         node.spawn(async move {
             tokio::time::sleep(left).await;
-            raft.runtime_config().elect(true);
+            raft.runtime_config().elect(!links.replaced.has(shard));
         });
     }
     let (known, leadership) = watch::channel(Leadership::default());
@@ -95,11 +96,13 @@ pub(crate) async fn open(
     Ok(hosted)
 }
 
-/// Opens what the placement gives to this directory and is not open yet.
+/// Opens what the placement gives to this directory and is not open yet. When it gives its places to a newer directory,
+/// what is on disk is opened all the same: this one votes until its vote is taken over, shard by shard.
 pub(crate) async fn reconcile(node: &Arc<Node>, view: &MetaView, own: ReplicaId) -> Result<(), HostError> {
+    let held = if view.is_replaced(own) { held(node).await? } else { BTreeSet::new() };
     for placement in &view.placement.shards {
         let shard = ShardId(placement.shard);
-        if shard == META_SHARD || !placement.replicas.contains(&own.to_u64()) {
+        if shard == META_SHARD || !placement.replicas.contains(&own.to_u64()) && !held.contains(&shard) {
             continue;
         }
         let hosted = match node.hosted(shard) {
@@ -112,6 +115,14 @@ pub(crate) async fn reconcile(node: &Arc<Node>, view: &MetaView, own: ReplicaId)
         initialize(&hosted, placement, own).await?;
     }
     Ok(())
+}
+
+/// The shards of this directory.
+async fn held(node: &Node) -> Result<BTreeSet<ShardId>, HostError> {
+    let store = node.store.clone();
+    let held = node.environment.blocking(move || store.shards_on_disk()).await;
+    let held = held.map_err(|e| HostError::Raft(META_SHARD, e))?.map_err(|e| HostError::Store(META_SHARD, e))?;
+    Ok(held.into_iter().map(|(shard, _)| shard).collect())
 }
 
 /// Begins a new shard, if it is this replica's to begin.

@@ -2,7 +2,7 @@
 //! incarnation that nobody had before. Must never open a replica from a directory whose place is not certain: an empty
 //! one under an old id would vote away what its predecessor had promised.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 use stentor_engine::{
@@ -11,7 +11,7 @@ use stentor_engine::{
     join::{self, Answer, Stage, Waiting, Way},
 };
 use stentor_proto::{
-    ids::{BrokerId, Incarnation, META_SHARD, ReplicaId},
+    ids::{BrokerId, Incarnation, META_SHARD, ReplicaId, ShardId},
     internal::{
         self, AnnounceRequest, IdentifyRequest, IdentifyResponse, JoinBroker, JoinRequest, JoinResponse, PutBroker,
         join_response, peer_client::PeerClient,
@@ -21,7 +21,7 @@ use stentor_proto::{
 };
 use stentor_raft_store::{Identity, META_SLOTS};
 
-use crate::{host, meta, node::Node, router, shard::HostedShard};
+use crate::{host, meta, node::Node, reads, replaced, router, shard::HostedShard};
 
 /// How long another broker may take to say who it is.
 const ASK_PATIENCE: Duration = Duration::from_secs(2);
@@ -31,6 +31,8 @@ const JOIN_PATIENCE: Duration = Duration::from_secs(15);
 const AGAIN: Duration = Duration::from_millis(50);
 /// The same for brokers that are away while this one works already.
 const AGAIN_LATER: Duration = Duration::from_secs(1);
+/// The same when all of them know this directory.
+const AGAIN_RARELY: Duration = Duration::from_secs(10);
 
 /// Finds out which directory this is, then opens the meta shard and follows it.
 pub(crate) async fn take_part(node: Arc<Node>) {
@@ -49,7 +51,8 @@ pub(crate) async fn take_part(node: Arc<Node>) {
         }
         meta::found(node.clone(), hosted.clone(), bootstrap).await;
     };
-    tokio::join!(following, founding, announce(&node, own, &identity.cluster_id));
+    let leaving = replaced::leave(node.clone(), own);
+    tokio::join!(following, founding, announce(&node, own, &identity.cluster_id), leaving);
 }
 
 /// The directory's place, from its file or from the others; `None` when this broker stops.
@@ -121,6 +124,8 @@ struct Told {
     incarnation: Incarnation,
     /// This broker's directory, as far as the other knows; 0: it does not know.
     current: Incarnation,
+    /// Shards in which a newer directory has this one's place.
+    replaced: Vec<ShardId>,
     answer: Answer,
 }
 
@@ -134,16 +139,19 @@ impl From<IdentifyResponse> for Told {
         };
         let given = Incarnation(response.given);
         let answer = Answer { cluster_id: response.cluster_id, stage, given };
-        Self { incarnation: Incarnation(response.incarnation), current: Incarnation(response.current), answer }
+        let (incarnation, current) = (Incarnation(response.incarnation), Incarnation(response.current));
+        Self { incarnation, current, replaced: response.replaced.into_iter().map(ShardId).collect(), answer }
     }
 }
 
 /// `None`: it does not answer.
 async fn ask(node: &Node, peer: BrokerId) -> Option<Told> {
+    let own = node.store.identity();
     let request = IdentifyRequest {
         broker: node.broker.0,
         name: node.config.name.clone(),
-        cluster_id: node.store.identity().map(|identity| identity.cluster_id).unwrap_or_default(),
+        incarnation: own.as_ref().map_or(0, |identity| identity.incarnation.0),
+        cluster_id: own.map(|identity| identity.cluster_id).unwrap_or_default(),
     };
     let mut client = PeerClient::new(node.links.channel(peer)?);
     let answer = tokio::time::timeout(ASK_PATIENCE, client.identify(request)).await.ok()?.ok()?;
@@ -199,7 +207,10 @@ pub(crate) async fn identify(node: &Node, asked: &IdentifyRequest) -> IdentifyRe
     }
     let view = node.meta.view();
     let broker = BrokerId(asked.broker);
+    let asking = ReplicaId { broker, incarnation: Incarnation(asked.incarnation) };
+    let hosted = if asked.incarnation == 0 { Vec::new() } else { node.all_hosted() };
     IdentifyResponse {
+        replaced: hosted.iter().filter(|h| h.has_replaced(asking)).map(|h| h.shard.0).collect(),
         cluster_id,
         broker: node.broker.0,
         stage: stage(node, identity.as_ref()).await as i32,
@@ -253,17 +264,23 @@ pub(crate) async fn give_number(node: &Node, asked: JoinRequest) -> Result<Incar
     }
 }
 
-/// Gives a directory that has its incarnation on disk the places of the one before. Never proposed later than it was asked
-/// for: if the lost directory comes back meanwhile, it must not be replaced by one that may be gone. What a leader
-/// without a quorum has appended may still commit later.
+/// Gives a directory that has its incarnation on disk the places of the one before. Asked of the meta shard's leader while
+/// a quorum follows it and the directory answers, since nobody should wait for one that may be gone. What is appended
+/// and then left without a quorum may still be committed later: that changes what the cluster wants, while every shard
+/// keeps the vote of the lost directory until the new one has caught up and answers (`stentor_engine::membership`).
 ///
 /// # Errors
-/// The refusal.
+/// The refusal: `UNAVAILABLE` where the meta shard is led elsewhere or has no quorum, `OUTCOME_UNKNOWN` when the places
+/// may have been given.
 pub(crate) async fn give_places(node: &Node, asked: AnnounceRequest) -> Result<Incarnation, Refusal> {
     let (broker, incarnation) = (BrokerId(asked.broker), Incarnation(asked.incarnation));
     if node.store.identity().is_none_or(|identity| identity.cluster_id != asked.cluster_id) {
         return Err(Reason::WrongCluster.refusal());
     }
+    let unavailable = || Reason::Unavailable.refusal();
+    let meta = node.hosted(META_SHARD).filter(|meta| meta.ready()).ok_or_else(unavailable)?;
+    let led = tokio::time::timeout(ASK_PATIENCE, reads::may_answer(&meta, true)).await;
+    led.map_err(|_| unavailable())?.map_err(|_| unavailable())?;
     is_there(node, broker, incarnation).await?;
     let command = command::put_broker(PutBroker {
         broker: asked.broker,
@@ -307,33 +324,27 @@ async fn begin_meta(node: &Arc<Node>, hosted: &HostedShard, identity: &Identity)
     }
 }
 
-/// Why a directory takes part no more.
-pub(crate) fn replaced(own: ReplicaId, by: Incarnation) -> String {
-    format!(
-        "REPLACED: this directory is incarnation {} of broker {}, and incarnation {by} took its place; keep it until \
-         `stentor admin verify` is clean, then delete the directory and start again: it joins empty",
-        own.incarnation, own.broker
-    )
-}
-
-/// Tells the others of this directory, if it is new to them; and one that comes back after another took its place
-/// learns it from them, since its own meta shard gets nothing any more. Ends when all of them know this one.
+/// Tells the others of this directory, if it is new to them; and one whose place is given to a newer one learns it from
+/// them, since its own meta shard may get nothing any more. Goes on for as long as the broker runs: a directory may be
+/// replaced while its process is alive and nobody can reach it.
 async fn announce(node: &Node, own: ReplicaId, cluster_id: &str) {
-    let mut left: Vec<BrokerId> = others(node).collect();
+    let mut strangers: BTreeSet<BrokerId> = others(node).collect();
     loop {
-        let asked = join_all(left.iter().map(|&peer| async move { (peer, ask(node, peer).await) })).await;
-        for (peer, told) in asked {
-            let current = told.map_or(Incarnation(0), |told| told.current);
-            if current > own.incarnation {
-                return node.fail(&replaced(own, current));
+        for (peer, told) in ask_all(node).await {
+            let Some(told) = told.filter(|told| told.answer.cluster_id == cluster_id) else { continue };
+            if told.current > own.incarnation && node.links.replaced.note_all(told.replaced, told.current) {
+                replaced::warn(own, told.current);
             }
-            if current == own.incarnation {
-                left.retain(|other| *other != peer);
-            } else if current > Incarnation(0) {
+            if told.current == own.incarnation {
+                strangers.remove(&peer);
+            } else {
+                strangers.insert(peer);
+            }
+            if told.current > Incarnation(0) && told.current < own.incarnation {
                 take_places(node, peer, own, cluster_id).await;
             }
         }
-        if left.is_empty() || !pause(node, AGAIN_LATER).await {
+        if !pause(node, if strangers.is_empty() { AGAIN_RARELY } else { AGAIN_LATER }).await {
             return;
         }
     }

@@ -24,7 +24,7 @@ use stentor_transport::token::Keys;
 use thiserror::Error;
 use tokio::sync::watch;
 
-use crate::{config::Bootstrap, host, join, node::Node, shard::HostedShard};
+use crate::{config::Bootstrap, host, node::Node, shard::HostedShard};
 
 /// Replicas of a data shard.
 const REPLICATION: usize = 3;
@@ -65,7 +65,8 @@ impl MetaView {
         self.incarnations.get(&broker).copied().unwrap_or_default().1
     }
 
-    /// Whether another directory took this one's place.
+    /// Whether the cluster wants another directory in this one's place. As long as a shard's members have it, it is needed
+    /// there all the same.
     pub(crate) fn is_replaced(&self, replica: ReplicaId) -> bool {
         self.incarnation(replica.broker) > replica.incarnation
     }
@@ -176,9 +177,6 @@ pub(crate) async fn follow(node: Arc<Node>, reader: ShardReader, own: ReplicaId)
     loop {
         applied.mark_unchanged();
         match load(&reader, node.config.development).await {
-            Ok(Some(view)) if view.is_replaced(own) => {
-                return node.fail(&join::replaced(own, view.incarnation(own.broker)));
-            }
             Ok(Some(view)) => {
                 node.meta.publish(view);
                 if let Some(view) = node.meta.view()

@@ -137,12 +137,23 @@ impl Fate {
     }
 }
 
-/// Proposes a command where the shard's leader is said to be, and nowhere else: what is refused was not proposed, or the
-/// leader was lost with it. For commands that must not be carried out later than they were asked for.
+/// Proposes a command where the shard's leader is said to be, once and nowhere else: for commands that should not be
+/// carried out later than they were asked for.
+///
+/// # Errors
+/// `OUTCOME_UNKNOWN` when the leader was lost with it; with any other reason nothing was proposed.
 pub(crate) async fn propose_once(node: &Node, shard: ShardId, command: Bytes) -> Result<Outcome, Refusal> {
     let target = Search::new(node, shard).target();
-    let answer = attempt(node, target, shard, &command).await?;
-    answer.map_err(|_| Reason::Unavailable.refusal())
+    attempt(node, target, shard, &command).await?.map_err(told_once)
+}
+
+fn told_once(not: NotProposed) -> Refusal {
+    let reason = match not {
+        NotProposed::NotLeader { .. } => Reason::Unavailable,
+        NotProposed::Overloaded => Reason::Overloaded,
+        NotProposed::Unknown { .. } => Reason::OutcomeUnknown,
+    };
+    reason.refusal()
 }
 
 async fn attempt(
@@ -173,9 +184,10 @@ async fn attempt(
                 Ok(Err(NotProposed::NotLeader { leader: named(&not), retry_here: not.retry_here }))
             }
             Some(proposed::Result::Refusal(refusal)) => Err(refusal),
-            None => Err(Reason::Internal.refusal()),
+            // An answer that this version does not know is none.
+            None => Ok(Err(NotProposed::Unknown { leader: None })),
         },
-        Ok(_) => Err(Reason::Internal.refusal()),
+        Ok(_) => Ok(Err(NotProposed::Unknown { leader: None })),
         Err(NoAnswer::NotSent) => Ok(Err(nobody)),
         Err(NoAnswer::Unknown) => Ok(Err(NotProposed::Unknown { leader: None })),
     }
@@ -260,6 +272,15 @@ pub(crate) async fn lookup(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_command_that_is_proposed_once_is_never_refused_as_if_nothing_had_happened() {
+        let not_leader = NotProposed::NotLeader { leader: None, retry_here: true };
+        assert_eq!(told_once(not_leader).reason, "UNAVAILABLE");
+        assert_eq!(told_once(NotProposed::Overloaded).reason, "OVERLOADED");
+        let unknown = told_once(NotProposed::Unknown { leader: Some(BrokerId(1)) });
+        assert_eq!((unknown.reason.as_str(), unknown.retryable), ("OUTCOME_UNKNOWN", true));
+    }
 
     #[test]
     fn once_an_attempt_may_have_been_applied_no_refusal_says_that_nothing_happened() {

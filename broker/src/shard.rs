@@ -4,6 +4,7 @@
 use std::{ops::Range, sync::Arc};
 
 use openraft::async_runtime::WatchReceiver;
+use stentor_engine::membership::is_replaced;
 use stentor_proto::ids::{BrokerId, ReplicaId, ShardId};
 use stentor_raft_store::{ShardReader, types::TypeConfig};
 use tokio::sync::watch;
@@ -49,6 +50,13 @@ impl HostedShard {
     /// Who leads now.
     pub(crate) fn leadership(&self) -> Leadership {
         *self.leadership.borrow()
+    }
+
+    /// Whether a newer directory of its broker has this replica's place, as the members say that are committed here.
+    pub(crate) fn has_replaced(&self, id: ReplicaId) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        is_replaced(id, metrics.committed_membership_config.membership().nodes().map(|(id, _)| *id))
     }
 
     /// Whether this replica may answer for the shard.

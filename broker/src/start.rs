@@ -43,6 +43,7 @@ use crate::{
     metrics::Metrics,
     network::{Links, server::PeerService},
     node::{Node, NodeParts},
+    pulse,
     raft::LEASE,
     router::Peers,
     shard::HostedShard,
@@ -163,6 +164,7 @@ pub async fn start_in(environment: Environment, config: BrokerConfig) -> Result<
     serve(&node, &mut servers, (peer, &peer_tls), (api, &api_tls), http)?;
     tasks.spawn(join::take_part(node.clone()));
     tasks.spawn(membership::run(node.clone()));
+    tasks.spawn(pulse::run(node.clone()));
     tasks.spawn(upkeep::checkpoints(node.clone()));
     tasks.spawn(upkeep::rounds(node.clone()));
     tasks.spawn(upkeep::failures(node.clone()));
@@ -240,8 +242,7 @@ fn serve(
     probes.set_started(true);
     let serving = serve_probes(http, probes.clone(), node.stop.clone().cancelled_owned());
     run(node, servers, "probes", serving);
-    servers.spawn(upkeep::probes(node.clone(), probes));
-    servers.spawn(report_health(node.clone(), health));
+    servers.spawn(upkeep::probes(node.clone(), probes, health));
     Ok(())
 }
 
@@ -257,19 +258,6 @@ fn run<E: std::fmt::Display>(
             node.fail(&format!("{what}: {error}"));
         }
     });
-}
-
-async fn report_health(node: Arc<Node>, health: tonic_health::server::HealthReporter) {
-    use tonic_health::ServingStatus::{NotServing, Serving};
-    let mut every = tokio::time::interval(Duration::from_millis(200));
-    while !node.stop.is_cancelled() {
-        tokio::select! {
-            _ = every.tick() => {}
-            () = node.stop.cancelled() => {}
-        }
-        let status = if upkeep::is_ready(&node) { Serving } else { NotServing };
-        health.set_service_status("", status).await;
-    }
 }
 
 /// A voter that has answered lately; different ones for different shards, so that none gets everything.

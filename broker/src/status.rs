@@ -69,6 +69,21 @@ pub fn to_refusal(status: &Status) -> Option<Refusal> {
     })
 }
 
+/// Whether what was called may have been done although no answer of Stentor came: the connection broke, or time ran out.
+/// False for a refusal (it says itself what it means), and when there was no connection to begin with.
+pub fn may_have_happened(status: &Status) -> bool {
+    let broke = matches!(
+        status.code(),
+        Code::Unavailable | Code::Cancelled | Code::Unknown | Code::DeadlineExceeded | Code::Internal
+    );
+    broke && to_refusal(status).is_none() && !was_not_connected(status)
+}
+
+fn was_not_connected(status: &Status) -> bool {
+    let first = std::error::Error::source(status);
+    std::iter::successors(first, |error| error.source()).any(|error| error.is::<tonic::ConnectError>())
+}
+
 fn code(reason: Reason) -> Code {
     use Reason::*;
     match reason {
@@ -103,5 +118,15 @@ mod tests {
             assert_eq!(to_refusal(&status), Some(refusal));
         }
         assert_eq!(to_refusal(&Status::unavailable("no connection")), None);
+    }
+
+    #[test]
+    fn what_broke_on_its_way_may_have_happened() {
+        let no_connection = Status::from_error(Box::new(tonic::ConnectError("refused".into())));
+        assert_eq!((no_connection.code(), may_have_happened(&no_connection)), (Code::Unavailable, false));
+        assert!(may_have_happened(&Status::unavailable("the stream broke")));
+        assert!(may_have_happened(&Status::unknown("h2")));
+        assert!(!may_have_happened(&Status::unimplemented("what")));
+        assert!(!may_have_happened(&from_refusal(&Reason::Unavailable.refusal())));
     }
 }

@@ -6,6 +6,10 @@ use std::{sync::Arc, time::Duration};
 use openraft::async_runtime::WatchReceiver;
 use stentor_proto::ids::ShardId;
 use stentor_transport::probes::Probes;
+use tonic_health::{
+    ServingStatus::{NotServing, Serving},
+    server::HealthReporter,
+};
 
 use crate::{host, node::Node};
 
@@ -105,16 +109,21 @@ pub(crate) fn is_ready(node: &Node) -> bool {
     })
 }
 
-/// Keeps the probes true.
-pub(crate) async fn probes(node: Arc<Node>, probes: Probes) {
-    let mut every = tokio::time::interval(JUDGE);
+/// Keeps the probes and the gRPC health service true.
+pub(crate) async fn probes(node: Arc<Node>, probes: Probes, health: HealthReporter) {
+    let (mut every, mut told) = (tokio::time::interval(JUDGE), None);
     loop {
         tokio::select! {
             _ = every.tick() => {}
             () = node.stop.cancelled() => break,
         }
-        probes.set_ready(is_ready(&node));
+        let ready = is_ready(&node);
+        probes.set_ready(ready);
         probes.set_live(node.failed.borrow().is_none());
+        if told.replace(ready) != Some(ready) {
+            health.set_service_status("", if ready { Serving } else { NotServing }).await;
+        }
     }
     probes.set_ready(false);
+    health.set_service_status("", NotServing).await;
 }

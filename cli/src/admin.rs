@@ -113,7 +113,7 @@ fn api(args: &ContextArgs) -> Result<Api, Failure> {
 async fn transfer(args: &ContextArgs, shard: u32, broker: String, output: Output) -> Result<(), Failure> {
     let api = api(args)?;
     let request = TransferLeaderRequest { shard, broker };
-    let answer = api.call(|channel| transfer_leader(api.clone(), channel, request.clone())).await?;
+    let answer = api.change(|channel| transfer_leader(api.clone(), channel, request.clone())).await?;
     if output.json() {
         return output.value(&json!({ "shard": shard, "leader": answer.leader }));
     }

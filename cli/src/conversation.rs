@@ -40,12 +40,12 @@ pub(crate) async fn run(verb: ConversationVerb, output: Output) -> Result<(), Fa
         }
         ConversationVerb::Add { conversation, participant, role, .. } => {
             let request = participant_request(&conversation, &participant, role)?;
-            let answer = api.call(|c| add(api.clone(), c, request.clone())).await?;
+            let answer = api.change(|c| add(api.clone(), c, request.clone())).await?;
             changed(output, &conversation, answer, &format!("added {participant}"))
         }
         ConversationVerb::Remove { conversation, participant, .. } => {
             let request = participant_request(&conversation, &participant, None)?;
-            let answer = api.call(|c| remove(api.clone(), c, request.clone())).await?;
+            let answer = api.change(|c| remove(api.clone(), c, request.clone())).await?;
             changed(output, &conversation, answer, &format!("removed {participant}"))
         }
         ConversationVerb::Show { conversation, .. } => {

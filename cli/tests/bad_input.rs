@@ -16,45 +16,7 @@ use std::{
 use serde_json::Value;
 use stentor_proto::ids::{AppId, DeviceId, UserId};
 use stentor_transport::token::{self, Claims};
-use support::{Cluster, DEADLINE, Ended, run, stentor};
-use tempfile::TempDir;
-
-/// A cluster of processes; killed when dropped.
-struct Processes {
-    dir: PathBuf,
-    _folder: TempDir,
-}
-
-impl Processes {
-    fn up(dir: PathBuf, folder: TempDir) -> Self {
-        let processes = Self { dir, _folder: folder };
-        processes.run(&["cluster", "up", "--brokers", "3", "--gateways", "1", "--shards", "2"], b"").well();
-        processes
-    }
-
-    fn run(&self, args: &[&str], stdin: &[u8]) -> Ended {
-        let mut all = args.to_vec();
-        all.extend(["--dir", self.dir.to_str().unwrap()]);
-        run(&all, stdin)
-    }
-
-    fn config(&self, node: &str) -> PathBuf {
-        self.dir.join("config").join(format!("{node}.toml"))
-    }
-
-    fn nodes(&self) -> Vec<Value> {
-        let status = self.run(&["cluster", "status", "--json"], b"").well().rows().remove(0);
-        status["nodes"].as_array().unwrap().clone()
-    }
-}
-
-impl Drop for Processes {
-    fn drop(&mut self) {
-        for node in self.nodes() {
-            let _ = self.run(&["cluster", "kill", node["name"].as_str().unwrap()], b"");
-        }
-    }
-}
+use support::{Cluster, DEADLINE, Ended, processes::Processes, run, stentor};
 
 /// Starts one node from a changed copy of its configuration; it must end by itself, and say why.
 fn start(config: &Path, change: impl Fn(&str) -> String) -> Ended {
@@ -75,7 +37,7 @@ fn fails(ended: &Ended, code: i32, words: &[&str]) {
 #[test]
 fn a_node_that_cannot_start_says_why_and_changes_nothing() {
     let folder = tempfile::tempdir().unwrap();
-    let cluster = Processes::up(folder.path().to_owned(), folder);
+    let cluster = Processes::up_in(folder.path().to_owned(), folder, 1, 2);
     let group = cluster.run(&["conversation", "create", "--json"], b"").well().rows().remove(0);
     let group = group["conversation"].as_str().unwrap();
     cluster.run(&["send", group, "--stdin"], b"one\ntwo\n").well();
@@ -265,7 +227,7 @@ fn a_full_disk_stops_the_brokers_and_loses_nothing_that_was_acknowledged() {
         eprintln!("not tried: only root may mount the small disk that this needs");
         return;
     };
-    let cluster = Processes::up(dir, folder);
+    let cluster = Processes::up_in(dir, folder, 1, 2);
     let group = cluster.run(&["conversation", "create", "--json"], b"").well().rows().remove(0);
     let group = group["conversation"].as_str().unwrap().to_owned();
     let line = |n: u32| format!("{n} {}\n", "x".repeat(50_000));

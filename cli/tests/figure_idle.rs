@@ -108,8 +108,8 @@ fn per(what: &str, before: Memory, after: Memory, count: usize) -> f64 {
 }
 
 async fn idle_gateway(cluster: &Processes, of: &[Vec<String>], each: usize) -> (Memory, f64) {
-    cluster.run(&["cluster", "stop", "gateway-1"]).well();
-    cluster.run(&["cluster", "start", "gateway-1"]).well();
+    cluster.run(&["cluster", "stop", "gateway-1"], b"").well();
+    cluster.run(&["cluster", "start", "gateway-1"], b"").well();
     let pid = cluster.pid("gateway-1");
     let before = settled(pid);
     let devices: Vec<Device> = stream::iter(of.iter().enumerate())

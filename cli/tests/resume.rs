@@ -186,8 +186,8 @@ impl Bob<'_> {
 
     /// All that a frame could have changed: the events, what is known of the conversation, the cursors of both devices.
     async fn all(&self, phone: [u8; 16]) -> (String, String, (u64, u64), (u64, u64)) {
-        let events = self.cluster.run(&["history", TALK, "--json", "--user", "ann"]).well().stdout;
-        let shown = self.cluster.run(&["conversation", "show", TALK, "--json", "--user", "ann"]).well().stdout;
+        let events = self.cluster.run(&["history", TALK, "--json", "--user", "ann"], b"").well().stdout;
+        let shown = self.cluster.run(&["conversation", "show", TALK, "--json", "--user", "ann"], b"").well().stdout;
         (events, shown, self.cursors("phone", phone).await, self.cursors("laptop", LAPTOP).await)
     }
 }

@@ -1,5 +1,6 @@
 //! Brings the members of a shard's Raft group to what its placement says, one step at a time, decided by the leader from
-//! nothing but the two. Must never let a voter leave before a replica that has caught up takes its place.
+//! nothing but the two. Must never let a voter leave before a replica that has caught up takes its place, nor go back to
+//! a directory that was replaced.
 
 use std::collections::BTreeSet;
 
@@ -42,6 +43,11 @@ pub fn next_step(members: &Members, placed: &[ReplicaId], caught_up: impl Fn(Rep
     if placed.is_empty() {
         return Step::Wait;
     }
+    let mut all = voters.iter().chain(&members.learners);
+    if all.any(|member| placed.iter().any(|p| p.broker == member.broker && p.incarnation < member.incarnation)) {
+        // This placement is older than the members: who was replaced has been told so, and never comes back.
+        return Step::Wait;
+    }
     let is_placed = |id: &ReplicaId| placed.contains(id);
     if let Some(gone) = members.learners.iter().find(|id| !is_placed(id)) {
         return Step::RemoveLearner(*gone);
@@ -72,6 +78,20 @@ fn successor_of(ready: ReplicaId, voters: &BTreeSet<ReplicaId>, placed: &[Replic
     let leaving = || voters.iter().filter(|id| !placed.contains(id));
     let own = leaving().find(|id| id.broker == ready.broker);
     own.or_else(|| leaving().find(|id| placed.iter().all(|p| p.broker != id.broker))).copied()
+}
+
+/// Whether another directory of its broker has taken a replica's place for good. `committed` are the ids of a committed
+/// membership, both halves of a joint one and learners included: as long as the replica is among them its vote is needed,
+/// whatever the placement wants.
+pub fn is_replaced(id: ReplicaId, committed: impl IntoIterator<Item = ReplicaId>) -> bool {
+    let mut newer = false;
+    for member in committed.into_iter().filter(|member| member.broker == id.broker) {
+        if member.incarnation == id.incarnation {
+            return false;
+        }
+        newer |= member.incarnation > id.incarnation;
+    }
+    newer
 }
 
 /// Whether a learner may vote: what it lacks is no more than what is under way to every follower. Indexes of the log;

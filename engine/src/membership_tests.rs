@@ -47,6 +47,26 @@ fn a_joiner_that_was_lost_again_makes_room_for_the_next() {
 }
 
 #[test]
+fn nobody_goes_back_to_a_directory_that_was_replaced() {
+    let now = [id(1, 1), id(2, 1), id(3, 2)];
+    for ready in [true, false] {
+        assert_eq!(next_step(&members(&now, &[]), &old(), |_| ready), Step::Wait, "an old placement");
+        assert_eq!(next_step(&members(&old(), &[id(3, 2)]), &old(), |_| ready), Step::Wait);
+    }
+}
+
+#[test]
+fn a_directory_is_replaced_when_the_members_lack_it_and_not_when_the_placement_does() {
+    let (lost, new) = (id(3, 1), id(3, 2));
+    assert!(!is_replaced(lost, old()));
+    assert!(!is_replaced(lost, old().into_iter().chain([new])), "its successor is a learner, or half-way to its vote");
+    assert!(is_replaced(lost, [id(1, 1), id(2, 1), new]));
+    assert!(!is_replaced(new, old()), "it was never there");
+    assert!(!is_replaced(lost, [id(1, 2), id(2, 2), id(4, 2)]), "moved away, or not known here yet");
+    assert!(!is_replaced(lost, []));
+}
+
+#[test]
 fn a_replica_moves_to_another_broker() {
     let placed = [id(1, 1), id(2, 1), id(4, 1)];
     let ready = members(&old(), &[id(4, 1)]);

@@ -19,7 +19,7 @@ use stentor_transport::{grpc, tls::ClientTls};
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 
 use super::{Api, because, refused};
-use crate::{config::PeerConfig, membership, meta::MetaView, raft::LEASE, shard::HostedShard};
+use crate::{config::PeerConfig, membership, meta::MetaView, raft::LEASE, shard::HostedShard, status};
 
 /// How long another broker may take to tell its state.
 const PEER_PATIENCE: Duration = Duration::from_secs(2);
@@ -77,7 +77,8 @@ impl Admin for Api {
         let deadline = tokio::time::Instant::now() + wait;
         let at: BTreeMap<u32, u64> =
             asked.at.iter().map(|&ShardPosition { shard, applied_index }| (shard, applied_index)).collect();
-        let mut response = VerifyLocalResponse { node: self.node.config.name.clone(), ..Default::default() };
+        let (node, broker) = (self.node.config.name.clone(), self.node.broker.0);
+        let mut response = VerifyLocalResponse { node, broker, ..Default::default() };
         for hosted in self.node.all_hosted() {
             if !at.is_empty() && !at.contains_key(&hosted.shard.0) {
                 continue;
@@ -153,7 +154,12 @@ impl Api {
         metadata.insert(FORWARDED, tonic::metadata::MetadataValue::from_static("1"));
         let peer = self.node.config.peers.iter().find(|p| p.broker == leader).ok_or_else(unavailable)?;
         let mut client = self.peer_api(peer).ok_or_else(unavailable)?;
-        client.transfer_leader(Request::from_parts(metadata, Default::default(), asked)).await
+        let answer = client.transfer_leader(Request::from_parts(metadata, Default::default(), asked)).await;
+        answer.map_err(|status| match status::to_refusal(&status) {
+            None if status::may_have_happened(&status) => because(Reason::OutcomeUnknown),
+            None => unavailable(),
+            Some(refusal) => refused(refusal),
+        })
     }
 }
 
@@ -163,6 +169,8 @@ fn shard_status(view: &MetaView, hosted: &HostedShard, durable_checkpoint: u64) 
     let acked = metrics.last_quorum_acked.as_ref().is_some_and(|at| at.elapsed() < LEASE);
     let known = hosted.leadership();
     let placement = view.slots.shard(hosted.shard);
+    let voters: Vec<_> = metrics.membership_config.voter_ids().collect();
+    let learners: Vec<_> = metrics.membership_config.membership().learner_ids().collect();
     ShardStatus {
         shard: hosted.shard.0,
         leader: known.leader.map(|leader| name(&leader)).unwrap_or_default(),
@@ -170,8 +178,10 @@ fn shard_status(view: &MetaView, hosted: &HostedShard, durable_checkpoint: u64) 
         last_log_index: metrics.last_log_index.unwrap_or(0),
         applied_index: metrics.last_applied.map_or(0, |id| id.index),
         quorum: if known.leads { acked } else { known.leader.is_some() },
-        voters: metrics.membership_config.voter_ids().map(|id| name(&id)).collect(),
-        learners: metrics.membership_config.membership().learner_ids().map(|id| name(&id)).collect(),
+        voters: voters.iter().map(name).collect(),
+        learners: learners.iter().map(name).collect(),
+        voter_ids: voters.iter().map(|id| id.broker.0).collect(),
+        learner_ids: learners.iter().map(|id| id.broker.0).collect(),
         durable_checkpoint,
         initialized: placement.is_some_and(|p| p.initialized),
         settled: membership::is_settled(view, hosted),
@@ -224,7 +234,9 @@ async fn transfer(hosted: &HostedShard, target: ReplicaId) -> Result<(), Status>
     let moved = leadership.wait_for(|known| known.leader == Some(target));
     match tokio::time::timeout(TRANSFER_PATIENCE, moved).await {
         Ok(Ok(_)) => Ok(()),
-        _ => Err(refused(Reason::Unavailable.with("the leader did not move; it stays where it is"))),
+        _ => {
+            Err(refused(Reason::OutcomeUnknown.with("the leader has not moved yet; it may still, or stay where it is")))
+        }
     }
 }
 

@@ -174,7 +174,7 @@ impl RaftNetworkV2<TypeConfig> for Way {
         })?;
         tokio::select! {
             closed = cancel => Err(StreamingError::Closed(closed)),
-            sent = snapshot::send(channel, self.route, vote, snapshot.snapshot) => sent,
+            sent = snapshot::send((channel, &self.links.replaced), self.route, vote, snapshot.snapshot) => sent,
         }
     }
 

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{Stream, StreamExt};
+use futures_util::{FutureExt, Stream, StreamExt};
 use parking_lot::Mutex;
 use rand::Rng;
 use stentor_engine::limits;
@@ -29,6 +29,7 @@ use crate::{
     clocks::Clocks,
     metrics::Metrics,
     queue::{Batches, FrameQueue},
+    replaced::{REPLACED, Replaced},
 };
 
 /// Which of the streams of a pair of brokers.
@@ -72,6 +73,7 @@ pub(crate) struct Link {
     peer: BrokerId,
     next_id: AtomicU64,
     state: Mutex<State>,
+    replaced: Arc<Replaced>,
 }
 
 #[derive(Default)]
@@ -90,8 +92,8 @@ pub(crate) struct Route {
 }
 
 impl Link {
-    pub(crate) fn new(peer: BrokerId) -> Arc<Self> {
-        Arc::new(Self { peer, next_id: AtomicU64::new(1), state: Mutex::default() })
+    pub(crate) fn new(peer: BrokerId, replaced: &Arc<Replaced>) -> Arc<Self> {
+        Arc::new(Self { peer, next_id: AtomicU64::new(1), state: Mutex::default(), replaced: replaced.clone() })
     }
 
     fn frame(&self, route: Route, id: u64, message: Message) -> PeerFrame {
@@ -179,6 +181,9 @@ impl Link {
         match frame.message {
             Some(Message::Beat(beat)) => clocks.heard(self.peer, beat.wall_ms, Instant::now()),
             Some(Message::Error(error)) => {
+                if error.reason == REPLACED {
+                    self.replaced.note(ShardId(frame.shard));
+                }
                 let refused = LinkError::Refused(self.peer, format!("{}: {}", error.reason, error.message));
                 self.answered(frame.id, Err(refused));
             }
@@ -199,6 +204,25 @@ impl Drop for Forget<'_> {
     }
 }
 
+/// How often what else runs may run before a batch of the control lane is closed: the heartbeats of all shards, and their
+/// answers, are made by as many tasks at the same moment. Costs no time when nothing else runs.
+const GATHER: usize = 2;
+
+/// The batches of a queue; on the control lane a little larger and fewer.
+fn gathered(queue: Arc<FrameQueue<PeerFrame>>, lane: Lane) -> impl Stream<Item = Vec<PeerFrame>> + Send + 'static {
+    let rounds = if lane == Lane::Control { GATHER } else { 0 };
+    futures_util::stream::unfold(Batches::of(queue), move |mut batches| async move {
+        let mut frames = batches.next().await?;
+        for _ in 0..rounds {
+            tokio::task::yield_now().await;
+            if let Some(more) = batches.next().now_or_never().flatten() {
+                frames.extend(more);
+            }
+        }
+        Some((frames, batches))
+    })
+}
+
 /// Frames of a queue as gRPC messages; on the control lane this process's wall clock rides along now and then, but
 /// never alone: a silent leader must stay silent.
 pub(crate) fn batches(
@@ -209,7 +233,7 @@ pub(crate) fn batches(
 ) -> impl Stream<Item = PeerBatch> + Send + 'static {
     let from = ReplicaId { broker: own, incarnation: Incarnation(0) }.to_u64();
     let mut last_beat: Option<Instant> = None;
-    Batches::of(queue).map(move |mut frames| {
+    gathered(queue, lane).map(move |mut frames| {
         let due = last_beat.is_none_or(|at| at.elapsed() >= BEAT_EVERY);
         if lane == Lane::Control && due {
             last_beat = Some(Instant::now());
@@ -278,7 +302,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_waits_on_a_broken_stream_fails_at_once() {
-        let link = Link::new(BrokerId(2));
+        let link = Link::new(BrokerId(2), &Arc::default());
         let vote = || Message::Vote(internal::VoteRequest::default());
         assert_eq!(link.ask(route(), vote()).await, Err(LinkError::NotConnected(BrokerId(2))));
         link.connected(FrameQueue::new(1000));
@@ -296,9 +320,24 @@ mod tests {
         assert_eq!(receiver.recv().await, Some((id, Err(LinkError::Broken(BrokerId(2))))));
     }
 
+    #[test]
+    fn whoever_is_refused_as_replaced_notes_the_shard() {
+        let replaced = Arc::<Replaced>::default();
+        let link = Link::new(BrokerId(2), &replaced);
+        let error = |reason: &str| PeerFrame {
+            shard: 7,
+            message: Some(Message::Error(internal::PeerError { reason: reason.into(), ..Default::default() })),
+            ..Default::default()
+        };
+        link.received(error("NO_REPLICA"), &Clocks::default());
+        assert!(!replaced.has(ShardId(7)));
+        link.received(error(REPLACED), &Clocks::default());
+        assert!(replaced.has(ShardId(7)) && !replaced.has(ShardId(8)));
+    }
+
     #[tokio::test]
     async fn a_caller_that_gave_up_leaves_nothing_behind() {
-        let link = Link::new(BrokerId(2));
+        let link = Link::new(BrokerId(2), &Arc::default());
         link.connected(FrameQueue::new(1000));
         let asking = tokio::spawn({
             let link = link.clone();
@@ -322,5 +361,19 @@ mod tests {
         let batch = control.next().await.unwrap();
         assert_eq!(batch.frames.len(), 3);
         assert!(matches!(batch.frames[2].message, Some(Message::Beat(_))));
+    }
+
+    #[tokio::test]
+    async fn what_many_tasks_send_at_one_moment_is_one_batch_of_the_control_lane() {
+        let queue = FrameQueue::new(1000);
+        let control = batches(queue.clone(), Lane::Control, BrokerId(1), Host::real());
+        let first = tokio::spawn(async move { Box::pin(control).next().await });
+        tokio::task::yield_now().await;
+        for id in 1..=5 {
+            let queue = queue.clone();
+            tokio::spawn(async move { queue.push(PeerFrame { id, ..Default::default() }, 1) });
+        }
+        // Five heartbeats and a clock.
+        assert_eq!(first.await.unwrap().unwrap().frames.len(), 6);
     }
 }

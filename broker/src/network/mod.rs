@@ -18,7 +18,7 @@ use stentor_transport::{
 use tokio::task::JoinSet;
 
 use self::link::{Lane, Link};
-use crate::{clocks::Clocks, metrics::Metrics};
+use crate::{clocks::Clocks, metrics::Metrics, replaced::Replaced};
 
 struct Peer {
     control: Arc<Link>,
@@ -30,6 +30,8 @@ struct Peer {
 /// The outgoing streams to all peers.
 pub(crate) struct Links {
     peers: BTreeMap<BrokerId, Peer>,
+    /// What peers say of this directory's places.
+    pub(crate) replaced: Arc<Replaced>,
 }
 
 impl Links {
@@ -43,9 +45,9 @@ impl Links {
         tasks: &mut JoinSet<()>,
         on_connect: impl Fn(BrokerId) + Clone + Send + 'static,
     ) -> Result<Arc<Self>, TlsError> {
-        let mut all = BTreeMap::new();
+        let (mut all, replaced) = (BTreeMap::new(), Arc::<Replaced>::default());
         for (broker, addr) in peers {
-            let (control, append) = (Link::new(broker), Link::new(broker));
+            let (control, append) = (Link::new(broker, &replaced), Link::new(broker, &replaced));
             for (lane, link) in [(Lane::Control, &control), (Lane::Append, &append)] {
                 // A connection per lane: streams of one HTTP/2 connection share its window and its TCP queue.
                 let channel = host.channel(addr, tls)?;
@@ -54,7 +56,7 @@ impl Links {
             }
             all.insert(broker, Peer { control, append, bulk: host.channel(addr, tls)? });
         }
-        Ok(Arc::new(Self { peers: all }))
+        Ok(Arc::new(Self { peers: all, replaced }))
     }
 
     /// The stream to a peer; `None` for one that is not configured.

@@ -21,7 +21,7 @@ use super::{
     link::{Lane, batches},
     snapshot,
 };
-use crate::{join, node::Node, queue::FrameQueue, shard::HostedShard};
+use crate::{join, node::Node, queue::FrameQueue, replaced::REPLACED, shard::HostedShard};
 
 type Outgoing = Pin<Box<dyn Stream<Item = Result<PeerBatch, Status>> + Send>>;
 type Work = Pin<Box<dyn Future<Output = Message> + Send>>;
@@ -47,8 +47,14 @@ impl Peer for PeerService {
     async fn snapshot(&self, request: Request<Streaming<SnapshotChunk>>) -> Result<Response<SnapshotAnswer>, Status> {
         let mut inbound = request.into_inner();
         let announced = snapshot::announced(&mut inbound).await?;
-        let shard = self.node.hosted(announced.shard).filter(|shard| shard.own == announced.to);
-        let shard = shard.ok_or_else(|| Status::not_found("this broker has no such replica"))?;
+        let shard = self.node.hosted(announced.shard);
+        if shard.as_ref().is_some_and(|shard| is_replaced(&self.node, shard, announced.from)) {
+            let error = PeerError { reason: REPLACED.into(), message: TAKEN.into() };
+            return Ok(Response::new(SnapshotAnswer { vote: None, error: Some(error) }));
+        }
+        let shard = shard
+            .filter(|shard| shard.own == announced.to)
+            .ok_or_else(|| Status::not_found("this broker has no such replica"))?;
         let answer = snapshot::receive(&self.node.store, &shard.raft, announced, inbound).await?;
         if answer.error.is_none() {
             self.node.metrics.snapshots_received.inc();
@@ -131,11 +137,11 @@ fn begin<F: Extend<Answering>>(node: &Arc<Node>, frame: PeerFrame, in_flight: &m
         return None;
     }
     let answer = |message| PeerFrame { id, shard, from: to, to: from, message: Some(message) };
-    if node.meta.view().is_some_and(|view| view.is_replaced(sender)) {
-        return Some(answer(error("REPLACED", "another directory of this broker took its place")));
+    let hosted = node.hosted(ShardId(shard));
+    if hosted.as_ref().is_some_and(|hosted| is_replaced(node, hosted, sender)) {
+        return Some(answer(error(REPLACED, TAKEN)));
     }
-    let hosted = node.hosted(ShardId(shard)).filter(|hosted| hosted.own.to_u64() == to);
-    let Some(hosted) = hosted else {
+    let Some(hosted) = hosted.filter(|hosted| hosted.own.to_u64() == to) else {
         return Some(answer(error("NO_REPLICA", "this broker has no such replica")));
     };
     let mut work = match dispatch(node, hosted, message) {
@@ -149,6 +155,14 @@ fn begin<F: Extend<Answering>>(node: &Arc<Node>, frame: PeerFrame, in_flight: &m
             None
         }
     }
+}
+
+const TAKEN: &str = "a newer directory of this broker has its place in the shard";
+
+/// Whether the sender's place in a shard is taken. Placements change first and shards follow, so most messages are
+/// answered by the first half.
+fn is_replaced(node: &Node, hosted: &HostedShard, sender: ReplicaId) -> bool {
+    node.meta.view().is_some_and(|view| view.is_replaced(sender)) && hosted.has_replaced(sender)
 }
 
 /// Work under way, with the frame that will carry its answer.

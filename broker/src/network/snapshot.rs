@@ -21,13 +21,16 @@ use stentor_transport::grpc::Channel;
 use tonic::{Status, Streaming};
 
 use super::link::Route;
-use crate::raft::Raft;
+use crate::{
+    raft::Raft,
+    replaced::{REPLACED, Replaced},
+};
 
 type Error = StreamingError<TypeConfig>;
 
 /// Sends one snapshot; returns when the peer has installed or refused it.
 pub(crate) async fn send(
-    channel: Channel,
+    (channel, replaced): (Channel, &Replaced),
     route: Route,
     vote: Vote,
     rows: SnapshotRows,
@@ -72,6 +75,9 @@ pub(crate) async fn send(
         (Some(vote), None) => Ok(SnapshotResponse::new(wire::vote_from_proto(&vote))),
         (_, error) => {
             let error = error.unwrap_or_default();
+            if error.reason == REPLACED {
+                replaced.note(route.shard);
+            }
             let text = format!("{}: {}", error.reason, error.message);
             Err(StreamingError::Unreachable(Unreachable::from_string(text)))
         }
@@ -81,6 +87,7 @@ pub(crate) async fn send(
 /// What the first chunk says.
 pub(crate) struct Announced {
     pub(crate) shard: ShardId,
+    pub(crate) from: ReplicaId,
     pub(crate) to: ReplicaId,
     vote: Vote,
     applied: stentor_proto::internal::AppliedRow,
@@ -92,7 +99,8 @@ pub(crate) async fn announced(inbound: &mut Streaming<SnapshotChunk>) -> Result<
     let head = inbound.message().await?.and_then(|chunk| chunk.head).ok_or_else(missing)?;
     let vote = head.vote.as_ref().map(wire::vote_from_proto).ok_or_else(missing)?;
     let applied = head.applied.ok_or_else(missing)?;
-    Ok(Announced { shard: ShardId(head.shard), to: ReplicaId::from_u64(head.to), vote, applied })
+    let (from, to) = (ReplicaId::from_u64(head.from), ReplicaId::from_u64(head.to));
+    Ok(Announced { shard: ShardId(head.shard), from, to, vote, applied })
 }
 
 /// Stages the rest, then lets openraft install it.

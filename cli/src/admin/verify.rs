@@ -51,8 +51,15 @@ struct Problem {
     what: String,
 }
 
-/// What each broker reported: by shard, then by broker.
-type Reports = BTreeMap<u32, BTreeMap<String, ReplicaReport>>;
+/// What each broker reported: by shard, then by the broker's number. Names are for people: two may be alike.
+type Reports = BTreeMap<u32, BTreeMap<u32, Reported>>;
+
+/// One replica, and the name of its broker.
+#[derive(Debug)]
+struct Reported {
+    node: String,
+    replica: ReplicaReport,
+}
 
 /// Verifies and prints; fails unless everything is well.
 pub(super) async fn run(args: &ContextArgs, output: Output) -> Result<(), Failure> {
@@ -81,7 +88,8 @@ async fn verify(args: &ContextArgs) -> Result<Report, Failure> {
         for answer in join_all(asked).await.into_iter().flatten() {
             problems.extend(answer.problems.iter().map(own));
             for replica in answer.replicas {
-                reports.entry(replica.shard).or_default().insert(answer.node.clone(), replica);
+                let reported = Reported { node: answer.node.clone(), replica };
+                reports.entry(replica.shard).or_default().insert(answer.broker, reported);
             }
         }
         // While somebody writes, replicas are read at different positions, and only equal ones can be compared; lost
@@ -122,7 +130,7 @@ fn own(problem: &v1::Problem) -> Problem {
 
 fn equal_positions(reports: &Reports) -> bool {
     reports.values().all(|replicas| {
-        let mut positions = replicas.values().map(|r| r.applied_index);
+        let mut positions = replicas.values().map(|r| r.replica.applied_index);
         let first = positions.next();
         positions.all(|p| Some(p) == first)
     })
@@ -144,8 +152,9 @@ fn absent(cluster: &StatusResponse, reports: &Reports) -> Vec<Problem> {
     let mut problems = Vec::new();
     for shard in cluster.shards.iter() {
         let reported = reports.get(&shard.shard);
-        for node in shard.voters.iter().chain(&shard.learners) {
-            if !reported.is_some_and(|replicas| replicas.contains_key(node)) {
+        let members = shard.voter_ids.iter().zip(&shard.voters).chain(shard.learner_ids.iter().zip(&shard.learners));
+        for (broker, node) in members {
+            if !reported.is_some_and(|replicas| replicas.contains_key(broker)) {
                 let what = "this replica could not be read".into();
                 problems.push(Problem { kind: "unreachable".into(), node: node.clone(), shard: shard.shard, what });
             }
@@ -158,9 +167,10 @@ fn absent(cluster: &StatusResponse, reports: &Reports) -> Vec<Problem> {
 fn differences(reports: &Reports) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (&shard, replicas) in reports {
-        let agree = |r: &ReplicaReport| replicas.values().filter(|other| same(r, other)).count();
-        let Some(reference) = replicas.values().max_by_key(|r| agree(r)) else { continue };
-        for (node, replica) in replicas.iter().filter(|(_, replica)| !same(reference, replica)) {
+        let all = || replicas.values().map(|reported| &reported.replica);
+        let agree = |r: &ReplicaReport| all().filter(|other| same(r, other)).count();
+        let Some(reference) = all().max_by_key(|r| agree(r)) else { continue };
+        for Reported { node, replica } in replicas.values().filter(|reported| !same(reference, &reported.replica)) {
             let (kind, what) = difference(reference, replica);
             problems.push(Problem { kind: kind.into(), node: node.clone(), shard, what });
         }
@@ -189,7 +199,7 @@ fn difference(reference: &ReplicaReport, replica: &ReplicaReport) -> (&'static s
 }
 
 fn summary(cluster: &StatusResponse, reports: &Reports, problems: BTreeSet<Problem>) -> Report {
-    let events = |replicas: &BTreeMap<String, ReplicaReport>| replicas.values().map(|r| r.events).max().unwrap_or(0);
+    let events = |replicas: &BTreeMap<u32, Reported>| replicas.values().map(|r| r.replica.events).max().unwrap_or(0);
     Report {
         ok: problems.is_empty() && !reports.is_empty(),
         shards: cluster.shards.len(),
@@ -222,13 +232,16 @@ mod tests {
     }
 
     fn reports(replicas: &[(&str, ReplicaReport)]) -> Reports {
-        let replicas = replicas.iter().map(|(name, r)| ((*name).to_owned(), *r)).collect();
-        [(1, replicas)].into()
+        let reported = |(name, r): &(&str, ReplicaReport)| {
+            (u32::from(name.as_bytes()[0] - b'a'), Reported { node: (*name).to_owned(), replica: *r })
+        };
+        [(1, replicas.iter().map(reported).collect())].into()
     }
 
     fn cluster() -> StatusResponse {
         let voters = ["a", "b", "c"].map(str::to_owned).to_vec();
-        let shards = vec![ShardStatus { shard: 1, voters, settled: true, ..Default::default() }];
+        let voter_ids = vec![0, 1, 2];
+        let shards = vec![ShardStatus { shard: 1, voters, voter_ids, settled: true, ..Default::default() }];
         StatusResponse { shards, ..Default::default() }
     }
 
@@ -253,6 +266,10 @@ mod tests {
         let reports = reports(&[("a", replica(7, 1)), ("b", replica(7, 1))]);
         let problems = absent(&cluster(), &reports);
         assert_eq!(problems.iter().map(|p| p.node.as_str()).collect::<Vec<_>>(), ["c"]);
+        // Also when the one that did has its name.
+        let mut alike = cluster();
+        alike.shards[0].voters[2] = "b".into();
+        assert_eq!(absent(&alike, &reports).iter().map(|p| p.node.as_str()).collect::<Vec<_>>(), ["b"]);
         let nothing = summary(&cluster(), &Reports::new(), BTreeSet::new());
         assert!(!nothing.ok);
     }

@@ -6,6 +6,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
+    path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -22,7 +23,9 @@ pub(crate) const APP: &str = "demo";
 
 /// Running processes; killed when dropped.
 pub(crate) struct Processes {
-    dir: TempDir,
+    pub(crate) dir: PathBuf,
+    /// Gone after the processes.
+    _folder: TempDir,
     pub(crate) tls: ClientTls,
     signing_key: String,
 }
@@ -30,26 +33,42 @@ pub(crate) struct Processes {
 impl Processes {
     /// Three brokers and some gateways, ready.
     pub(crate) fn up(gateways: u32, shards: u32) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        Self::up_in(folder.path().to_owned(), folder, gateways, shards)
+    }
+
+    /// The same in a directory of a folder.
+    pub(crate) fn up_in(dir: PathBuf, folder: TempDir, gateways: u32, shards: u32) -> Self {
         let (gateways, shards) = (gateways.to_string(), shards.to_string());
         let size = ["cluster", "up", "--brokers", "3", "--gateways", &gateways, "--shards", &shards];
         let mut args = size.to_vec();
-        args.extend(["--dir", dir.path().to_str().unwrap()]);
+        args.extend(["--dir", dir.to_str().unwrap()]);
         // Made before it starts, so that a start that fails is cleared away too.
         let started = run(&args, b"");
         let file = cluster_json(&dir);
         let tls = ClientTls::public(file["ca"].as_str().unwrap().as_ref()).unwrap();
         let signing_key = fs::read_to_string(file["signing_key"]["private_key"].as_str().unwrap()).unwrap();
-        let processes = Self { dir, tls, signing_key };
+        let processes = Self { dir, _folder: folder, tls, signing_key };
         started.well();
         processes
     }
 
     /// Runs a command against it.
-    pub(crate) fn run(&self, args: &[&str]) -> Ended {
+    pub(crate) fn run(&self, args: &[&str], stdin: &[u8]) -> Ended {
         let mut all = args.to_vec();
-        all.extend(["--dir", self.dir.path().to_str().unwrap()]);
-        run(&all, b"")
+        all.extend(["--dir", self.dir.to_str().unwrap()]);
+        run(&all, stdin)
+    }
+
+    /// A node's configuration.
+    pub(crate) fn config(&self, node: &str) -> PathBuf {
+        self.dir.join("config").join(format!("{node}.toml"))
+    }
+
+    /// All nodes, as `cluster status` tells them.
+    pub(crate) fn nodes(&self) -> Vec<Value> {
+        let status = self.run(&["cluster", "status", "--json"], b"").well().rows().remove(0);
+        status["nodes"].as_array().unwrap().clone()
     }
 
     fn node(&self, name: &str) -> Value {
@@ -128,13 +147,13 @@ impl Drop for Processes {
         let nodes = cluster_json(&self.dir)["nodes"].as_array().cloned().unwrap_or_default();
         for name in nodes.iter().filter_map(|node| node["name"].as_str()) {
             // Waits for its end: a folder cannot be removed under a process that writes.
-            self.run(&["cluster", "kill", name]);
+            self.run(&["cluster", "kill", name], b"");
         }
     }
 }
 
-fn cluster_json(dir: &TempDir) -> Value {
-    let text = fs::read_to_string(dir.path().join("cluster.json")).unwrap_or_else(|_| "{}".into());
+fn cluster_json(dir: &Path) -> Value {
+    let text = fs::read_to_string(dir.join("cluster.json")).unwrap_or_else(|_| "{}".into());
     serde_json::from_str(&text).unwrap()
 }
 

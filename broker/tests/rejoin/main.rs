@@ -3,11 +3,13 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod replaced;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::{path::Path, time::Duration};
 
-use stentor_broker::{BrokerConfig, ReadyError, status};
+use stentor_broker::{Broker, BrokerConfig, ReadyError, status};
 use support::{Cluster, agree, bodies, eventually};
 
 /// Every shard has its three voters, none of them a lost one.
@@ -154,9 +156,8 @@ async fn with_two_of_three_lost_nothing_goes_on_until_one_is_back() {
     cluster.stop().await;
 }
 
-async fn fails(cluster: &Cluster, n: usize) -> String {
-    let why = cluster.brokers[n].as_ref().unwrap().failed();
-    tokio::time::timeout(support::DEADLINE, why).await.expect("it goes on")
+async fn fails(broker: &Broker) -> String {
+    tokio::time::timeout(support::DEADLINE, broker.failed()).await.expect("it goes on")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -173,7 +174,7 @@ async fn a_directory_that_was_replaced_takes_no_part() {
     cluster.halt(2).await;
     swap(&place, &aside);
     cluster.start_one(2).await;
-    let why = fails(&cluster, 2).await;
+    let why = fails(cluster.brokers[2].as_ref().unwrap()).await;
     assert!(why.starts_with("REPLACED: this directory is incarnation 1 of broker 3, and incarnation 2"), "{why}");
     cluster.halt(2).await;
     sent = send(&cluster, 0, sent, 5, "without it").await;
@@ -193,20 +194,24 @@ fn swap(a: &Path, b: &Path) {
     std::fs::rename(third, b).unwrap();
 }
 
+/// The third broker's configuration with another directory, on a machine that nobody reaches.
+fn elsewhere(cluster: &Cluster, dir: &str) -> BrokerConfig {
+    let anywhere = "127.0.0.1:0".parse().unwrap();
+    BrokerConfig {
+        data_dir: cluster.path().join(dir),
+        peer_listen: anywhere,
+        api_listen: anywhere,
+        ..cluster.configs[2].clone()
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_takes_the_place_of_a_broker_that_lives() {
     let mut cluster = Cluster::start(3, 1).await;
     cluster.caller(0, "ann").create("general", &[]).await.unwrap();
     let sent = send(&cluster, 0, 0, 5, "x").await;
-    let anywhere = "127.0.0.1:0".parse().unwrap();
-    let twin = BrokerConfig {
-        data_dir: cluster.path().join("twin"),
-        peer_listen: anywhere,
-        api_listen: anywhere,
-        ..cluster.configs[2].clone()
-    };
-    let twin = stentor_broker::start(twin).await.unwrap();
-    let why = tokio::time::timeout(support::DEADLINE, twin.failed()).await.unwrap();
+    let twin = stentor_broker::start(elsewhere(&cluster, "twin")).await.unwrap();
+    let why = fails(&twin).await;
     assert!(why.starts_with("BROKER_IN_USE"), "{why}");
     twin.halt().await;
     // A configuration that names a cluster of its own does not join this one.
@@ -214,7 +219,7 @@ async fn nobody_takes_the_place_of_a_broker_that_lives() {
     let mut foreign = BrokerConfig { data_dir: cluster.path().join("foreign"), ..cluster.configs[2].clone() };
     foreign.bootstrap.as_mut().unwrap().cluster_id = "another-cluster".into();
     let foreign = stentor_broker::start(foreign).await.unwrap();
-    let why = tokio::time::timeout(support::DEADLINE, foreign.failed()).await.unwrap();
+    let why = fails(&foreign).await;
     assert!(why.starts_with("WRONG_CLUSTER"), "{why}");
     foreign.halt().await;
     cluster.start_one(2).await;
