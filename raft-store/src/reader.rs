@@ -90,11 +90,7 @@ impl ShardReader {
         let (core, db) = (self.core.clone(), self.parts.state_db.clone());
         let read = move || {
             let _open = open;
-            read(&core, &db).inspect_err(|error| {
-                if let ReadError::Damaged(what) = error {
-                    core.log.condemn(what);
-                }
-            })
+            read(&core, &db).inspect_err(|error| core.log.report(error))
         };
         self.parts.disk.exec().run(read).await.map_err(|_| ReadError::Stopped)?
     }

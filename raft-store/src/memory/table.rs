@@ -108,8 +108,8 @@ impl MemoryDb {
     }
 
     pub(crate) fn view(&self) -> Result<MemoryView, DbError> {
-        let view = self.life.with(|platter, _| Ok(MemoryView(platter.table(&self.key)?.visible.clone())));
-        Ok(view?)
+        let rows = self.life.with(|platter, _| Ok(platter.table(&self.key)?.visible.clone()))?;
+        Ok(MemoryView { rows, life: self.life.clone() })
     }
 
     /// As RocksDB does it: to the WAL, then the fsync, then visible.
@@ -196,11 +196,14 @@ impl Drop for MemoryDb {
 
 /// One picture of an instance.
 #[derive(Clone)]
-pub(crate) struct MemoryView(Arc<Map>);
+pub(crate) struct MemoryView {
+    rows: Arc<Map>,
+    life: Life,
+}
 
 impl MemoryView {
-    pub(crate) fn get(&self, key: &[u8]) -> Option<Bytes> {
-        self.0.get(key).cloned()
+    pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Bytes>, DbError> {
+        self.life.read_row(self.rows.get(key).cloned())
     }
 }
 
@@ -210,23 +213,39 @@ pub(crate) struct MemoryIter {
     from: Bytes,
     end: Option<Bytes>,
     at: Option<(Bytes, Bytes)>,
+    failed: Option<DbError>,
 }
 
 impl MemoryIter {
     pub(crate) fn new(view: Result<MemoryView, DbError>, range: KeyRange) -> Self {
-        Self { view, from: range.from.into(), end: range.end.map(Bytes::from), at: None }
+        Self { view, from: range.from.into(), end: range.end.map(Bytes::from), at: None, failed: None }
     }
 
     fn first(&self, from: Bound<&[u8]>) -> Option<(Bytes, Bytes)> {
         let view = self.view.as_ref().ok()?;
-        let found = view.0.range::<[u8], _>((from, Bound::Unbounded)).next();
+        let found = view.rows.range::<[u8], _>((from, Bound::Unbounded)).next();
         let found = found.filter(|(key, _)| self.end.as_ref().is_none_or(|end| *key < end));
         found.map(|(key, value)| (key.clone(), value.clone()))
     }
 
     pub(crate) fn seek(&mut self, key: &[u8]) {
         let from = key.max(&self.from[..]);
-        self.at = self.first(Bound::Included(from));
+        self.read(self.first(Bound::Included(from)));
+    }
+
+    fn read(&mut self, found: Option<(Bytes, Bytes)>) {
+        let Ok(view) = &self.view else { return };
+        let (key, value) = found.unzip();
+        match view.life.read_row(value) {
+            Ok(value) => {
+                self.at = key.zip(value);
+                self.failed = None;
+            }
+            Err(error) => {
+                self.at = None;
+                self.failed = Some(error);
+            }
+        }
     }
 
     pub(crate) fn seek_for_prev(&mut self, key: &[u8]) {
@@ -241,13 +260,13 @@ impl MemoryIter {
         };
         let Ok(view) = &self.view else { return };
         let found =
-            if empty { None } else { view.0.range::<[u8], _>((Bound::Included(&self.from[..]), end)).next_back() };
-        self.at = found.map(|(key, value)| (key.clone(), value.clone()));
+            if empty { None } else { view.rows.range::<[u8], _>((Bound::Included(&self.from[..]), end)).next_back() };
+        self.read(found.map(|(key, value)| (key.clone(), value.clone())));
     }
 
     pub(crate) fn next(&mut self) {
         if let Some((key, _)) = self.at.take() {
-            self.at = self.first(Bound::Excluded(&key));
+            self.read(self.first(Bound::Excluded(&key)));
         }
     }
 
@@ -256,6 +275,9 @@ impl MemoryIter {
     }
 
     pub(crate) fn status(&self) -> Result<(), DbError> {
-        self.view.as_ref().map(drop).map_err(Clone::clone)
+        match (&self.view, &self.failed) {
+            (Err(error), _) | (Ok(_), Some(error)) => Err(error.clone()),
+            (Ok(_), None) => Ok(()),
+        }
     }
 }
