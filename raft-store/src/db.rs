@@ -293,6 +293,13 @@ impl Iter<'_> {
         }
     }
 
+    pub(crate) fn prev(&mut self) {
+        match self {
+            Self::Rocks(iter) => iter.prev(),
+            Self::Memory(iter) => iter.prev(),
+        }
+    }
+
     pub(crate) fn key(&self) -> Option<&[u8]> {
         match self {
             Self::Rocks(iter) => iter.key(),

@@ -88,3 +88,29 @@ impl Quarantine {
         self.disk.sync_dir(&self.dir)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+mod tests {
+    use std::{fs::OpenOptions, process::Command, sync::Arc, thread, time::Duration};
+
+    use super::*;
+
+    #[test]
+    fn damage_is_published_while_its_note_is_under_way() {
+        let dir = tempfile::tempdir().unwrap();
+        // Whoever reads from a pipe waits for somebody who writes: a disk that takes its time.
+        let note = dir.path().join(NAME);
+        assert!(Command::new("mkfifo").arg(&note).status().unwrap().success());
+        let failed = watch::Sender::new(None);
+        let mut published = failed.subscribe();
+        let quarantine = Arc::new(Quarantine::new(&Disk::Real, dir.path(), &failed));
+        let condemning = thread::spawn(move || quarantine.condemn("rot"));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let told = async { tokio::time::timeout(Duration::from_secs(10), published.wait_for(Option::is_some)).await };
+        assert!(runtime.block_on(told).is_ok(), "it waits for the disk");
+        assert!(!condemning.is_finished());
+        drop(OpenOptions::new().write(true).open(&note).unwrap());
+        condemning.join().unwrap();
+    }
+}

@@ -101,6 +101,14 @@ async fn fill(replica: &mut Replica, conversations: usize) {
     }
 }
 
+/// What this process has used so far.
+fn cpu() -> Duration {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    // USER_HZ is 100 on every Linux that we know.
+    Duration::from_millis(10 * (fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()))
+}
+
 fn percentiles(mut times: Vec<Duration>) -> String {
     times.sort();
     let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize];
@@ -126,7 +134,7 @@ async fn the_last_events_of_a_random_conversation() {
     }
     let mut rng = StdRng::seed_from_u64(7);
     for round in ["first touch", "warm"] {
-        let mut times = Vec::new();
+        let (mut times, before) = (Vec::new(), cpu());
         for _ in 0..reads {
             let conversation = Entity::conversation("app", talk(rng.random_range(0..conversations)).as_str());
             let began = Instant::now();
@@ -134,7 +142,8 @@ async fn the_last_events_of_a_random_conversation() {
             times.push(began.elapsed());
             assert_eq!(page.len(), LAST);
         }
-        println!("{round}: {reads} reads of {LAST}, one at a time: {}", percentiles(times));
+        let used = (cpu() - before) / reads as u32;
+        println!("{round}: {reads} reads of {LAST}, one at a time: {}; {used:?} of CPU each", percentiles(times));
     }
     store.close().await;
 }

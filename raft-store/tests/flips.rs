@@ -129,7 +129,7 @@ async fn opens(dir: &Path, good: &Good, what: &str) -> bool {
 
 /// Flips these bits of the WAL, each alone. All are found, but those of bytes that belong to nobody.
 async fn flip_in_wal(entries: u64, bits: impl FnOnce(&[u8]) -> Vec<usize>) {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = support::scratch();
     let (good, bad) = (dir.path().join("good"), dir.path().join("bad"));
     let whole = written(&good, entries).await;
     let wal = fs::read(wal_of(&good)).unwrap();
@@ -172,7 +172,7 @@ async fn every_byte_of_the_end_of_the_wal_is_found() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_flip_in_a_manifest_or_beside_it_costs_an_entry() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = support::scratch();
     let (good, bad) = (dir.path().join("good"), dir.path().join("bad"));
     let report = written(&good, FEW).await;
     let mut rng = StdRng::seed_from_u64(7);
@@ -198,7 +198,7 @@ async fn no_flip_in_a_manifest_or_beside_it_costs_an_entry() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_shorter_wal_is_not_an_older_one() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = support::scratch();
     let (good, bad) = (dir.path().join("good"), dir.path().join("bad"));
     let report = written(&good, FEW).await;
     let wal = fs::read(wal_of(&good)).unwrap();

@@ -249,24 +249,33 @@ impl MemoryIter {
     }
 
     pub(crate) fn seek_for_prev(&mut self, key: &[u8]) {
-        let end = match &self.end {
-            Some(end) if end[..] <= *key => Bound::Excluded(&end[..]),
-            _ => Bound::Included(key),
+        let found = match &self.end {
+            Some(end) if end[..] <= *key => self.last(Bound::Excluded(&end[..])),
+            _ => self.last(Bound::Included(key)),
         };
+        self.read(found);
+    }
+
+    fn last(&self, end: Bound<&[u8]>) -> Option<(Bytes, Bytes)> {
         let empty = match end {
             Bound::Excluded(end) => end <= &self.from[..],
             Bound::Included(end) => end < &self.from[..],
             Bound::Unbounded => false,
         };
-        let Ok(view) = &self.view else { return };
-        let found =
-            if empty { None } else { view.rows.range::<[u8], _>((Bound::Included(&self.from[..]), end)).next_back() };
-        self.read(found.map(|(key, value)| (key.clone(), value.clone())));
+        let view = self.view.as_ref().ok().filter(|_| !empty)?;
+        let found = view.rows.range::<[u8], _>((Bound::Included(&self.from[..]), end)).next_back();
+        found.map(|(key, value)| (key.clone(), value.clone()))
     }
 
     pub(crate) fn next(&mut self) {
         if let Some((key, _)) = self.at.take() {
             self.read(self.first(Bound::Excluded(&key)));
+        }
+    }
+
+    pub(crate) fn prev(&mut self) {
+        if let Some((key, _)) = self.at.take() {
+            self.read(self.last(Bound::Excluded(&key)));
         }
     }
 
