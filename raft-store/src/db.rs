@@ -158,7 +158,7 @@ impl Db {
     pub(crate) fn get(&self, key: impl AsRef<[u8]>) -> Result<Option<Value<'_>>, DbError> {
         match self {
             Self::Rocks(rocks) => Ok(rocks.db.get_pinned(key)?.map(Value::Rocks)),
-            Self::Memory(db) => Ok(db.view()?.get(key.as_ref()).map(Value::Memory)),
+            Self::Memory(db) => Ok(db.view()?.get(key.as_ref())?.map(Value::Memory)),
         }
     }
 
@@ -169,7 +169,7 @@ impl Db {
             }
             Self::Memory(db) => {
                 let view = db.view();
-                keys.map(|key| view.as_ref().map(|view| view.get(key).map(Vec::from)).map_err(Clone::clone)).collect()
+                keys.map(|key| Ok(view.as_ref().map_err(Clone::clone)?.get(key)?.map(Vec::from))).collect()
             }
         }
     }
@@ -244,7 +244,7 @@ impl Snapshot<'_> {
     pub(crate) fn get(&self, key: impl AsRef<[u8]>) -> Result<Option<Value<'_>>, DbError> {
         match self {
             Self::Rocks(snapshot) => Ok(snapshot.get_pinned(key)?.map(Value::Rocks)),
-            Self::Memory(view) => Ok(view.as_ref().map_err(Clone::clone)?.get(key.as_ref()).map(Value::Memory)),
+            Self::Memory(view) => Ok(view.as_ref().map_err(Clone::clone)?.get(key.as_ref())?.map(Value::Memory)),
         }
     }
 
@@ -290,6 +290,13 @@ impl Iter<'_> {
         match self {
             Self::Rocks(iter) => iter.next(),
             Self::Memory(iter) => iter.next(),
+        }
+    }
+
+    pub(crate) fn prev(&mut self) {
+        match self {
+            Self::Rocks(iter) => iter.prev(),
+            Self::Memory(iter) => iter.prev(),
         }
     }
 

@@ -169,6 +169,9 @@ impl Disk {
     }
 }
 
+/// How RocksDB words ENOENT.
+const NO_SUCH_FILE: &str = "IO error: No such file or directory";
+
 fn open_rocks(path: PathBuf, options: &rocksdb::Options) -> Result<Db, OpenError> {
     match framing::check(&path) {
         Ok(Ok(())) => {}
@@ -178,6 +181,10 @@ fn open_rocks(path: PathBuf, options: &rocksdb::Options) -> Result<Db, OpenError
     match DB::open(options, &path) {
         Ok(db) => Ok(Db::Rocks(Rocks::new(db))),
         Err(error) => Err(match error.kind() {
+            // A file that another one names is lost.
+            rocksdb::ErrorKind::IOError if error.to_string().starts_with(NO_SUCH_FILE) => {
+                OpenError::Corrupt { dir: path, what: error.to_string() }
+            }
             rocksdb::ErrorKind::IOError => OpenError::Io { dir: path, source: io::Error::other(error) },
             rocksdb::ErrorKind::Busy | rocksdb::ErrorKind::TryAgain => OpenError::InUse(path),
             _ => OpenError::Corrupt { dir: path, what: error.to_string() },

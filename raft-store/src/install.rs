@@ -131,12 +131,12 @@ pub(crate) async fn install(
         write_manifest(&work.disk, &work.install_dir, &manifest)?;
         replace(&work.state_db, &work.disk, &work.install_dir, &manifest)?;
         finish(&work.disk, &work.install_dir, shard)?;
-        reload(&target, &work).map_err(DbError::Corrupt)
+        reload(&target, &work)
     });
     let result = replaced.await.map_err(|_| StoreError::Closed)?;
     core.installing.store(false, Relaxed);
     core.thawed.notify_waiters();
-    result.map_err(|what| parts.fail(format!("installing a snapshot of shard {shard}: {what}")))
+    result.map_err(|error| parts.refused(shard, "installing a snapshot", error))
 }
 
 async fn stage(core: &ShardCore, parts: &Parts, mut snapshot: SnapshotRows) -> Result<Staged, StoreError> {
@@ -248,8 +248,8 @@ fn finish(disk: &Disk, dir: &Path, shard: ShardId) -> io::Result<()> {
     }
 }
 
-fn reload(core: &ShardCore, parts: &Parts) -> Result<(), String> {
-    let (loaded, _) = ShardState::load(core.shard, &core.slots, &parts.state_db, parts.clean_budget.clone())?;
+fn reload(core: &ShardCore, parts: &Parts) -> Result<(), DbError> {
+    let loaded = ShardState::load(core.shard, &core.slots, &parts.state_db, parts.clean_budget.clone())?;
     let applied = loaded.progress.applied;
     let mut state = core.state.lock();
     state.cache.clear();
@@ -275,7 +275,7 @@ pub(crate) fn resume(db: &Db, disk: &Disk, dir: &Path, incarnation: Incarnation)
             continue;
         }
         let manifest = Manifest::decode(&disk.read(&path)?).map_err(DbError::Corrupt)?;
-        let applied = shard::applied_row(db, manifest.shard).map_err(DbError::Corrupt)?;
+        let applied = shard::applied_row(db, manifest.shard)?;
         let there = applied.is_some_and(|row| {
             row.applied_any && (row.term, row.index) >= (manifest.applied.term, manifest.applied.index)
         });

@@ -35,7 +35,7 @@ pub mod wire;
 
 pub use log::ShardLog;
 pub use machine::ShardMachine;
-pub use memory::{DiskError, DiskFaults, MemoryDisk};
+pub use memory::{DiskError, DiskFaults, MemoryDisk, ReadFault};
 pub use open::{open, open_in_memory};
 pub use reader::{AppliedView, ReadError, ShardReader};
 pub use snapshot::{RowChunk, SnapshotReceiver, SnapshotRows};

@@ -92,8 +92,8 @@ impl LoadThread {
         loop {
             let generation = core.state.lock().cache.generation();
             let read = self.read(&request.keys);
-            if let Err(ReadError::Damaged(what)) = &read {
-                core.log.condemn(what);
+            if let Err(error) = &read {
+                core.log.report(error);
             }
             let mut state = core.state.lock();
             match read {

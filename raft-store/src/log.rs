@@ -16,7 +16,7 @@ use openraft::{
 };
 use parking_lot::Mutex;
 use stentor_engine::limits;
-use stentor_proto::{ids::ShardId, internal};
+use stentor_proto::{Message, ids::ShardId, internal};
 use tokio::sync::{oneshot, watch};
 
 use crate::{
@@ -51,29 +51,31 @@ struct Mem {
     tail: Tail,
 }
 
-fn damaged(what: impl ToString) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what.to_string())
-}
-
 impl LogCore {
-    /// Reads what is on disk.
-    pub(crate) fn open(shard: ShardId, db: Arc<Db>, exec: Exec, wal: Wal, tail_bytes: usize) -> Result<Self, String> {
-        let small = |kind| {
-            let key = logkey::small(shard, kind);
-            db.get(key).map_err(|e| e.to_string()).map(|value| value.map(|value| (key, value.to_vec())))
-        };
-        let vote = small(LogKind::Vote)?
-            .map(|(key, value)| logkey::unseal_message::<internal::RaftVote>(&key, &value))
-            .transpose()?;
-        let log_id = |kind| -> Result<Option<RaftLogId>, String> {
-            let read = small(kind)?.map(|(key, value)| logkey::unseal_message::<internal::RaftLogId>(&key, &value));
-            Ok(read.transpose()?.map(|id| wire::log_id_from_proto(&id)))
+    /// Reads what is on disk. `applied` is how far the state is.
+    pub(crate) fn open(
+        shard: ShardId,
+        db: Arc<Db>,
+        (exec, wal): (Exec, Wal),
+        tail_bytes: usize,
+        applied: Option<RaftLogId>,
+    ) -> Result<Self, DbError> {
+        let vote = small::<internal::RaftVote>(&db, shard, LogKind::Vote)?;
+        let log_id = |kind| -> Result<Option<RaftLogId>, DbError> {
+            Ok(small::<internal::RaftLogId>(&db, shard, kind)?.map(|id| wire::log_id_from_proto(&id)))
         };
         let (purged, committed) = (log_id(LogKind::Purged)?, log_id(LogKind::Committed)?);
         let entries = ends(&db, shard)?;
         let last = entries.map(|(_, last)| last).max(purged);
-        let begin =
-            entries.map_or(0, |(first, _)| first).max(purged.map_or(0, |purged| purged.index.saturating_add(1)));
+        let begin = purged.map_or(0, |purged| purged.index.saturating_add(1));
+        if let Some((first, _)) = entries.filter(|(first, _)| *first > begin) {
+            return Err(DbError::Corrupt(format!("the log of shard {shard} lacks entries {begin}..{first}")));
+        }
+        // The note rides behind its entries, in the same batch or a later one.
+        if let Some(committed) = committed.filter(|committed| Some(*committed) > last.max(applied)) {
+            let what = format!("the log of shard {shard} ends at {last:?}, though {committed} was committed");
+            return Err(DbError::Corrupt(what));
+        }
         let mem = Mem {
             vote: vote.map(|vote| wire::vote_from_proto(&vote)),
             committed: committed.min(last),
@@ -189,8 +191,10 @@ impl LogCore {
                         entries.extend(then);
                     }
                     if entries.first().is_none_or(|first| first.log_id.index != start) || (complete && reached != end) {
-                        let what = format!("log of shard {} lacks entries of {start}..{end}", self.shard);
-                        return Err(damaged(what));
+                        // Memory knows that they are there, and nothing was removed meanwhile.
+                        let core = self.clone();
+                        let condemn = move || core.damaged(&format!("the log lacks entries of {start}..{end}"));
+                        return Err(self.exec.run(condemn).await.unwrap_or_else(io::Error::other));
                     }
                     return Ok(entries);
                 }
@@ -205,9 +209,9 @@ impl LogCore {
         let (mut entries, mut bytes, mut complete) = (Vec::<RaftLogEntry>::new(), 0, true);
         iter.seek(from);
         while let Some((key, value)) = iter.item() {
-            let index = logkey::index_of(self.shard, key).ok_or_else(|| damaged("log key of a wrong length"))?;
+            let index = logkey::index_of(self.shard, key).ok_or_else(|| self.damaged("log key of a wrong length"))?;
             if entries.last().is_some_and(|last| last.log_id.index + 1 != index) {
-                return Err(damaged(format!("log of shard {} has a hole before {index}", self.shard)));
+                return Err(self.damaged(&format!("the log has a hole before entry {index}")));
             }
             bytes += value.len();
             let entry = wire::decode_entry(self.shard, index, &Bytes::copy_from_slice(value));
@@ -218,27 +222,35 @@ impl LogCore {
             }
             iter.next();
         }
-        iter.status().map_err(|error| match error {
-            DbError::Corrupt(what) => self.damaged(&what),
-            DbError::Io(what) => io::Error::other(what),
+        iter.status().map_err(|error| {
+            self.report(&io_error(error.clone()));
+            io::Error::other(error)
         })?;
         Ok((entries, complete))
     }
 
-    /// Stored bytes of this shard are not what was written.
-    pub(crate) fn condemn(&self, what: &str) {
-        self.wal.condemn(&format!("shard {}: {what}", self.shard));
+    /// A read of this shard has failed: damage is noted, and either way the broker stops. Blocks on the disk, once.
+    pub(crate) fn report(&self, error: &ReadError) {
+        match error {
+            ReadError::Damaged(what) => self.wal.condemn(&format!("shard {}: {what}", self.shard)),
+            ReadError::Io(what) => self.wal.refuse(format!("reading shard {}: {what}", self.shard)),
+            ReadError::Contradiction(_) | ReadError::Stopped => {}
+        }
     }
 
     fn damaged(&self, what: &str) -> io::Error {
-        self.condemn(what);
-        damaged(what)
+        self.report(&ReadError::Damaged(what.into()));
+        io::Error::new(io::ErrorKind::InvalidData, what)
     }
 
-    /// Reads every entry on disk, and checks it. Blocks on the disk.
+    /// Reads every entry on disk, and checks it; all that memory says is there must be. Blocks on the disk.
     pub(crate) fn verify(&self) -> Result<(), ReadError> {
         let (from, end) = (logkey::entry(self.shard, 0), logkey::entry(self.shard, u64::MAX));
-        let mut iter = self.db.iter(KeyRange::new(from, end).once());
+        let (snapshot, (begin, next)) = {
+            let mem = self.mem.lock();
+            (self.db.snapshot(), mem.tail.on_disk())
+        };
+        let mut iter = snapshot.iter(KeyRange::new(from, end).once());
         let mut last: Option<u64> = None;
         iter.seek(from);
         while let Some((key, value)) = iter.item() {
@@ -246,31 +258,46 @@ impl LogCore {
             let index = index.ok_or_else(|| ReadError::Damaged("a log key has a wrong length".into()))?;
             wire::decode_entry(self.shard, index, &Bytes::copy_from_slice(value))
                 .map_err(|e| ReadError::Damaged(format!("entry {index} of the log: {e}")))?;
-            if last.is_some_and(|last| last + 1 != index) {
-                return Err(ReadError::Contradiction(format!("the log has a hole before entry {index}")));
+            // What a truncation or purge in the queue removes may still be there; what it leaves must be.
+            if last.map_or(index > begin && begin < next, |last| last + 1 != index) {
+                return Err(ReadError::Damaged(format!("the log has a hole before entry {index}")));
             }
             last = Some(index);
             iter.next();
         }
-        iter.status().map_err(io_error)
+        iter.status().map_err(io_error)?;
+        let there = last.map_or(0, |last| last + 1);
+        if begin < next && there < next {
+            return Err(ReadError::Damaged(format!("the log lacks entries {}..{next}", there.max(begin))));
+        }
+        Ok(())
     }
 }
 
+/// A small value that is a protobuf, if it is there.
+fn small<M: Message + Default>(db: &Db, shard: ShardId, kind: LogKind) -> Result<Option<M>, DbError> {
+    let key = logkey::small(shard, kind);
+    let value = db.get(key)?;
+    value.map(|value| logkey::unseal_message(&key, &value)).transpose().map_err(DbError::Corrupt)
+}
+
 /// The first index and the last log id on disk.
-fn ends(db: &Db, shard: ShardId) -> Result<Option<(u64, RaftLogId)>, String> {
+fn ends(db: &Db, shard: ShardId) -> Result<Option<(u64, RaftLogId)>, DbError> {
+    let corrupt = |what: &str| DbError::Corrupt(format!("the log of shard {shard}: {what}"));
     let (from, end) = (logkey::entry(shard, 0), logkey::entry(shard, u64::MAX));
     let mut iter = db.iter(KeyRange::new(from, end));
     iter.seek(from);
     let Some(first) = iter.key() else {
-        return iter.status().map(|()| None).map_err(|e| e.to_string());
+        return iter.status().map(|()| None);
     };
-    let first = logkey::index_of(shard, first).ok_or("log key of a wrong length")?;
+    let first = logkey::index_of(shard, first).ok_or_else(|| corrupt("a key has a wrong length"))?;
     iter.seek_for_prev(end);
     let Some((key, value)) = iter.item() else {
-        return Err(iter.status().err().map_or("log has a first and no last entry".into(), |e| e.to_string()));
+        return Err(iter.status().err().unwrap_or_else(|| corrupt("it has a first and no last entry")));
     };
-    let index = logkey::index_of(shard, key).ok_or("log key of a wrong length")?;
-    let entry = wire::decode_entry(shard, index, &Bytes::copy_from_slice(value)).map_err(|e| e.to_string())?;
+    let index = logkey::index_of(shard, key).ok_or_else(|| corrupt("a key has a wrong length"))?;
+    let entry = wire::decode_entry(shard, index, &Bytes::copy_from_slice(value));
+    let entry = entry.map_err(|e| corrupt(&format!("entry {index}: {e}")))?;
     Ok(Some((first, entry.log_id)))
 }
 
@@ -418,3 +445,7 @@ impl RaftLogStorage<TypeConfig> for ShardLog {
         self.core.send_with(0, |mem, _| Ok(Op::Purge { from: mem.tail.purge(log_id), upto: log_id })).await
     }
 }
+
+#[cfg(test)]
+#[path = "log_tests.rs"]
+mod tests;

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 use stentor_engine::apply::chain;
 use tokio::sync::watch;
@@ -44,6 +45,17 @@ impl From<DiskError> for io::Error {
     }
 }
 
+/// What becomes of a read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadFault {
+    /// The operating system refuses.
+    Refused(DiskError),
+    /// A database's own checksum does not match. Files have none: a bit of them is flipped.
+    Damaged,
+    /// A bit is flipped, and nothing below this crate sees it.
+    Flipped,
+}
+
 /// Faults by chance, each a probability from 0 to 1, drawn from the disk's seed.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct DiskFaults {
@@ -51,6 +63,8 @@ pub struct DiskFaults {
     pub write_fails: f64,
     /// An fsync or flush fails; what it was to make durable may be lost even without a power cut.
     pub sync_fails: f64,
+    /// A read of a database or file fails.
+    pub read_fails: f64,
     /// How they fail.
     pub error: DiskError,
     /// An fsync or flush is acknowledged and does nothing: what it covers is lost at the cut, unless a later one is
@@ -82,6 +96,8 @@ pub(crate) struct Platter {
     operations: u64,
     end_at: Option<(u64, End)>,
     fail_at: Option<(u64, DiskError)>,
+    reads: u64,
+    read_fault_at: Option<(u64, ReadFault)>,
     pub(crate) tables: BTreeMap<(PathBuf, Instance), Table>,
     pub(crate) files: Files,
 }
@@ -154,6 +170,50 @@ impl Platter {
         if self.chance(probability) { Err(self.faults.error.into()) } else { Ok(()) }
     }
 
+    /// Counts a read, and says what becomes of it.
+    fn read(&mut self) -> Option<ReadFault> {
+        self.reads += 1;
+        let told = self.read_fault_at.take_if(|(at, _)| *at == self.reads).map(|(_, fault)| fault);
+        told.or_else(|| {
+            let fails = self.chance(self.faults.read_fails);
+            fails.then_some(ReadFault::Refused(self.faults.error))
+        })
+    }
+
+    /// Reads from a database: what its own checksums say.
+    fn read_row(&mut self, row: Option<Bytes>) -> Result<Option<Bytes>, DbError> {
+        match self.read() {
+            None => Ok(row),
+            Some(ReadFault::Refused(error)) => Err(io::Error::from(error).into()),
+            Some(ReadFault::Damaged) => Err(DbError::Corrupt("block checksum mismatch".into())),
+            Some(ReadFault::Flipped) => Ok(row.map(|row| {
+                let mut row = row.to_vec();
+                self.flip(&mut row);
+                row.into()
+            })),
+        }
+    }
+
+    /// Reads bytes of a file.
+    pub(crate) fn read_file(&mut self, bytes: &mut [u8]) -> io::Result<()> {
+        match self.read() {
+            None => Ok(()),
+            Some(ReadFault::Refused(error)) => Err(error.into()),
+            Some(ReadFault::Damaged | ReadFault::Flipped) => {
+                self.flip(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    fn flip(&mut self, bytes: &mut [u8]) {
+        let at = self.below(bytes.len());
+        let bit = self.below(8);
+        if let Some(byte) = bytes.get_mut(at) {
+            *byte ^= 1 << bit;
+        }
+    }
+
     pub(crate) fn table(&mut self, key: &(PathBuf, Instance)) -> io::Result<&mut Table> {
         let missing = || io::Error::new(io::ErrorKind::NotFound, "the database is not there");
         self.tables.get_mut(key).ok_or_else(missing)
@@ -212,6 +272,8 @@ impl MemoryDisk {
             operations: 0,
             end_at: None,
             fail_at: None,
+            reads: 0,
+            read_fault_at: None,
             tables: BTreeMap::new(),
             files: Files::default(),
         };
@@ -250,6 +312,7 @@ impl MemoryDisk {
         let mut platter = self.shared.platter.lock();
         platter.faults = DiskFaults::default();
         platter.fail_at = None;
+        platter.read_fault_at = None;
         platter.end_at = None;
     }
 
@@ -274,6 +337,17 @@ impl MemoryDisk {
     pub fn fail_at(&self, n: u64, error: DiskError) {
         let mut platter = self.shared.platter.lock();
         platter.fail_at = Some((platter.operations + n, error));
+    }
+
+    /// Reads of databases and files so far: each value, and each step of a cursor.
+    pub fn reads(&self) -> u64 {
+        self.shared.platter.lock().reads
+    }
+
+    /// The `n`th read from now, counted from 1, goes wrong.
+    pub fn fail_read_at(&self, n: u64, fault: ReadFault) {
+        let mut platter = self.shared.platter.lock();
+        platter.read_fault_at = Some((platter.reads + n, fault));
     }
 
     /// How many votes were synced, as it grows: whoever watches can cut the power right after one was granted.
@@ -322,6 +396,11 @@ impl Life {
         if delay > Duration::ZERO {
             tokio::time::sleep(delay).await;
         }
+    }
+
+    /// Reads one value of a database that this process had a picture of.
+    pub(crate) fn read_row(&self, row: Option<Bytes>) -> Result<Option<Bytes>, DbError> {
+        self.disk.shared.platter.lock().read_row(row)
     }
 
     pub(crate) fn votes_synced(&self, count: u64) {

@@ -132,6 +132,7 @@ fn start(
         loader,
         checkpoints,
         failed,
+        quarantine,
         install_dir: config.dir.join("install"),
         clean_budget: Arc::new(AtomicUsize::new(config.cache_bytes / 2)),
         epoch,

@@ -19,7 +19,8 @@ use tokio::sync::{oneshot, watch};
 
 use crate::{
     apply::Job,
-    blocks::Block,
+    blocks::{Block, EventRun},
+    cache::Cache,
     db::{Db, DbError, KeyRange},
     loader::LoadRequest,
     shard::ShardCore,
@@ -77,9 +78,6 @@ pub struct ShardReader {
     pub(crate) parts: Parts,
 }
 
-/// Records read at a time on the way back: a page has some fifty, and a record may be large.
-const BACKWARD_WINDOW: u64 = 32;
-
 impl ShardReader {
     /// Runs a read on a thread that may block on the disk, never while a snapshot is replacing what is there.
     async fn blocking<R: Send + 'static>(
@@ -90,11 +88,7 @@ impl ShardReader {
         let (core, db) = (self.core.clone(), self.parts.state_db.clone());
         let read = move || {
             let _open = open;
-            read(&core, &db).inspect_err(|error| {
-                if let ReadError::Damaged(what) = error {
-                    core.log.condemn(what);
-                }
-            })
+            read(&core, &db).inspect_err(|error| core.log.report(error))
         };
         self.parts.disk.exec().run(read).await.map_err(|_| ReadError::Stopped)?
     }
@@ -151,34 +145,12 @@ impl ShardReader {
         limit: usize,
         max_bytes: usize,
     ) -> Result<Vec<Bytes>, ReadError> {
+        let last = Last { before: before.0, limit, max_bytes };
+        if let Some(events) = last_from_memory(&self.core, conversation, last) {
+            return events;
+        }
         let conversation = conversation.clone();
-        self.blocking(move |core, db| {
-            let head = match core.state.lock().cache.peek(&conversation.head()) {
-                Some(Some(Row::Conversation(head))) => *head,
-                _ => return Ok(Vec::new()),
-            };
-            let floor = head.first_seq.max(1);
-            let mut end = before.0.min(head.next_seq);
-            let (mut kept, mut bytes) = (Vec::new(), 0);
-            while end > floor && kept.len() < limit {
-                // Windows: the byte limit is known to hold only for what has been read.
-                let window = BACKWARD_WINDOW.min((limit - kept.len()) as u64);
-                let from = end.saturating_sub(window).max(floor);
-                let page = events(core, db, &conversation, Want { from, to: end - 1, max_bytes: usize::MAX })?;
-                for event in page.into_iter().rev() {
-                    bytes += event.len();
-                    if bytes > max_bytes && !kept.is_empty() {
-                        kept.reverse();
-                        return Ok(kept);
-                    }
-                    kept.push(event);
-                }
-                end = from;
-            }
-            kept.reverse();
-            Ok(kept)
-        })
-        .await
+        self.blocking(move |core, db| last_events(core, db, &conversation, last)).await
     }
 
     /// The last applied entry, as it moves.
@@ -298,6 +270,25 @@ struct Want {
     max_bytes: usize,
 }
 
+/// What the records of a conversation mix into their checksums.
+fn crc_of(conversation: &Entity) -> Result<u32, ReadError> {
+    // An entity's key is a row's key without its kind and what follows.
+    let mut key = conversation.as_bytes().to_vec();
+    key.push(Kind::Conversation as u8);
+    let parts = KeyParts::of(&key).ok_or_else(|| ReadError::Contradiction("no entity has such a key".into()))?;
+    Ok(key_crc(parts.app, parts.id))
+}
+
+fn checked(event: &[u8], seq: u64, crc: u32) -> Result<(), ReadError> {
+    record::verify(event, crc).map(drop).map_err(|e| ReadError::Damaged(format!("event {seq}: {e}")))
+}
+
+/// The blocks of a conversation.
+fn block_range(conversation: &Entity) -> KeyRange {
+    let end = prefix_end(&[conversation.as_bytes(), &[Kind::Block as u8]].concat());
+    KeyRange::new(conversation.block(Seq(0)).as_bytes(), end)
+}
+
 /// Collects records while they are dense and fit.
 struct Collect {
     want: Want,
@@ -309,11 +300,7 @@ struct Collect {
 
 impl Collect {
     fn new(conversation: &Entity, want: Want) -> Result<Self, ReadError> {
-        // An entity's key is a row's key without its kind and what follows.
-        let mut key = conversation.as_bytes().to_vec();
-        key.push(Kind::Conversation as u8);
-        let parts = KeyParts::of(&key).ok_or_else(|| ReadError::Contradiction("no entity has such a key".into()))?;
-        let crc = key_crc(parts.app, parts.id);
+        let crc = crc_of(conversation)?;
         Ok(Self { want, crc, next: want.from, bytes: 0, events: Vec::new() })
     }
 
@@ -327,7 +314,7 @@ impl Collect {
             self.bytes = self.want.max_bytes;
             return Ok(false);
         }
-        record::verify(&event, self.crc).map_err(|e| ReadError::Damaged(format!("event {}: {e}", self.next)))?;
+        checked(&event, self.next, self.crc)?;
         self.bytes += event.len();
         self.next += 1;
         self.events.push(event);
@@ -349,7 +336,7 @@ fn from_memory(core: &ShardCore, conversation: &Entity, want: Want) -> Option<Re
 }
 
 /// Copies records out of the runs in memory, from `want.from` on, a little more than fits at most.
-fn copy_runs(cache: &crate::cache::Cache, conversation: &Entity, want: Want, out: &mut Vec<Bytes>) {
+fn copy_runs(cache: &Cache, conversation: &Entity, want: Want, out: &mut Vec<Bytes>) {
     let mut bytes = 0;
     for run in cache.runs(conversation) {
         for seq in run.first().max(want.from)..run.next().min(want.to.saturating_add(1)) {
@@ -385,8 +372,7 @@ fn events(core: &ShardCore, db: &Db, conversation: &Entity, want: Want) -> Resul
     // Blocks of a written cut may be both here and there: memory wins from its first seq on.
     let disk_end = memory_first.unwrap_or(u64::MAX);
     let mut collect = Collect::new(conversation, want)?;
-    let range = (conversation.block(Seq(0)), prefix_end(&[conversation.as_bytes(), &[Kind::Block as u8]].concat()));
-    let mut iter = snapshot.iter(KeyRange::new(range.0.as_bytes(), range.1));
+    let mut iter = snapshot.iter(block_range(conversation));
     iter.seek_for_prev(conversation.block(Seq(want.from)).as_bytes());
     while let Some((key, value)) = iter.item().filter(|_| !collect.full() && collect.next < disk_end) {
         let block = Block::parse(key, value).map_err(ReadError::Damaged)?;
@@ -412,4 +398,116 @@ fn events(core: &ShardCore, db: &Db, conversation: &Entity, want: Want) -> Resul
         }
     }
     Ok(collect.events)
+}
+
+/// What `events_before` is asked for.
+#[derive(Debug, Clone, Copy)]
+struct Last {
+    before: u64,
+    limit: usize,
+    max_bytes: usize,
+}
+
+/// Collects records from a seq down, while they fit.
+struct Backward {
+    last: Last,
+    /// The first seq that is kept.
+    floor: u64,
+    crc: u32,
+    /// The seq above the next one to take.
+    at: u64,
+    bytes: usize,
+    full: bool,
+    events: Vec<Bytes>,
+}
+
+impl Backward {
+    /// `None` for a conversation that is not there. To be called under the shard's lock.
+    fn new(cache: &Cache, conversation: &Entity, last: Last) -> Result<Option<Self>, ReadError> {
+        let Some(Some(Row::Conversation(head))) = cache.peek(&conversation.head()) else { return Ok(None) };
+        let (floor, at) = (head.first_seq.max(1), last.before.min(head.next_seq));
+        let crc = crc_of(conversation)?;
+        Ok(Some(Self { last, floor, crc, at, bytes: 0, full: false, events: Vec::new() }))
+    }
+
+    fn done(&self) -> bool {
+        self.full || self.at <= self.floor || self.events.len() >= self.last.limit
+    }
+
+    /// Takes the record below `at`, if it fits.
+    fn take(&mut self, event: Bytes) {
+        self.bytes += event.len();
+        self.full = self.bytes > self.last.max_bytes && !self.events.is_empty();
+        if !self.full {
+            self.at -= 1;
+            self.events.push(event);
+        }
+    }
+
+    /// Takes what memory has, the newest first. To be called under the shard's lock: nothing is checked yet.
+    fn take_runs(&mut self, cache: &Cache, conversation: &Entity) {
+        let runs: Vec<&EventRun> = cache.runs(conversation).collect();
+        for run in runs.into_iter().rev() {
+            while let Some(event) = run.record(self.at.wrapping_sub(1)).filter(|_| !self.done()) {
+                self.take(Bytes::copy_from_slice(event));
+            }
+        }
+    }
+
+    /// Ascending, and each checked.
+    fn finish(mut self) -> Result<Vec<Bytes>, ReadError> {
+        self.events.reverse();
+        for (event, seq) in self.events.iter().zip(self.at..) {
+            checked(event, seq, self.crc)?;
+        }
+        Ok(self.events)
+    }
+}
+
+/// `None` when part of it may be on disk.
+fn last_from_memory(core: &ShardCore, conversation: &Entity, last: Last) -> Option<Result<Vec<Bytes>, ReadError>> {
+    let backward = {
+        let state = core.state.lock();
+        let mut backward = match Backward::new(&state.cache, conversation, last) {
+            Ok(Some(backward)) => backward,
+            Ok(None) => return Some(Ok(Vec::new())),
+            Err(error) => return Some(Err(error)),
+        };
+        backward.take_runs(&state.cache, conversation);
+        backward
+    };
+    backward.done().then(|| backward.finish())
+}
+
+/// One cursor, from the newest block down: what a page needs lies side by side, and nothing beyond it is read.
+fn last_events(core: &ShardCore, db: &Db, conversation: &Entity, last: Last) -> Result<Vec<Bytes>, ReadError> {
+    let (mut backward, snapshot) = {
+        let state = core.state.lock();
+        let Some(mut backward) = Backward::new(&state.cache, conversation, last)? else { return Ok(Vec::new()) };
+        // Blocks of a written cut may be both here and there: memory goes first.
+        backward.take_runs(&state.cache, conversation);
+        (backward, db.snapshot())
+    };
+    let mut iter = snapshot.iter(block_range(conversation));
+    if !backward.done() {
+        iter.seek_for_prev(conversation.block(Seq(backward.at - 1)).as_bytes());
+    }
+    while !backward.done() {
+        let Some((key, value)) = iter.item() else { break };
+        let block = Block::parse(key, value).map_err(ReadError::Damaged)?;
+        if block.next() < backward.at {
+            let what = format!("events {}..{} are missing", block.next(), backward.at);
+            return Err(ReadError::Contradiction(what));
+        }
+        while let Some(event) = block.record(backward.at - 1).filter(|_| !backward.done()) {
+            backward.take(event);
+        }
+        iter.prev();
+    }
+    iter.status().map_err(io_error)?;
+    if !backward.done() {
+        let what = format!("events {}..{} are missing", backward.floor, backward.at);
+        return Err(ReadError::Contradiction(what));
+    }
+    backward.finish()
 }

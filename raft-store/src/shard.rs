@@ -22,7 +22,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::{
     cache::Cache,
-    db::{Db, KeyRange},
+    db::{Db, DbError, KeyRange},
     log::LogCore,
     types::{RaftLogId, StoredMembership},
     wire::{self, BadWire},
@@ -76,28 +76,22 @@ pub(crate) struct ShardState {
 
 impl ShardState {
     /// As the last checkpoint left it.
-    pub(crate) fn load(
-        shard: ShardId,
-        slots: &Range<u16>,
-        db: &Db,
-        budget: Arc<AtomicUsize>,
-    ) -> Result<(Self, Option<AppliedRow>), String> {
-        let row = applied_row(db, shard)?;
-        let progress = match &row {
-            Some(row) => Progress::from_row(row).map_err(|e| e.to_string())?,
+    pub(crate) fn load(shard: ShardId, slots: &Range<u16>, db: &Db, budget: Arc<AtomicUsize>) -> Result<Self, DbError> {
+        let progress = match &applied_row(db, shard)? {
+            Some(row) => Progress::from_row(row).map_err(|e| DbError::Corrupt(format!("the applied row: {e}")))?,
             None => Progress::default(),
         };
         let mut cache = Cache::new(budget);
         load_heads(slots, db, &mut cache)?;
-        Ok((Self { cache, progress, stopped: None }, row))
+        Ok(Self { cache, progress, stopped: None })
     }
 }
 
 /// The checkpoint that the state instance has.
-pub(crate) fn applied_row(db: &Db, shard: ShardId) -> Result<Option<AppliedRow>, String> {
+pub(crate) fn applied_row(db: &Db, shard: ShardId) -> Result<Option<AppliedRow>, DbError> {
     let key = RowKey::applied(shard);
-    let value = db.get(key.as_bytes()).map_err(|e| e.to_string())?;
-    value.map(|value| decode_applied(&key, &value)).transpose()
+    let value = db.get(key.as_bytes())?;
+    value.map(|value| decode_applied(&key, &value)).transpose().map_err(DbError::Corrupt)
 }
 
 /// An applied row from its value.
@@ -121,12 +115,12 @@ pub(crate) fn entity_prefix(key: &[u8]) -> Option<&[u8]> {
 }
 
 /// One seek per entity: heads come first among their entity's rows.
-fn load_heads(slots: &Range<u16>, db: &Db, cache: &mut Cache) -> Result<(), String> {
+fn load_heads(slots: &Range<u16>, db: &Db, cache: &mut Cache) -> Result<(), DbError> {
     let (from, end) = key_range(slots);
     let mut iter = db.iter(KeyRange::new(from, end));
     iter.seek_to_first();
     while let Some((key, value)) = iter.item() {
-        let bad = |what: &str| format!("row {}: {what}", key.escape_ascii());
+        let bad = |what: &str| DbError::Corrupt(format!("row {}: {what}", key.escape_ascii()));
         let prefix = entity_prefix(key).ok_or_else(|| bad("is under no key of ours"))?;
         let next = prefix_end(prefix);
         if Parts::of(key).is_some_and(|parts| parts.kind == Kind::Conversation) {
@@ -135,7 +129,7 @@ fn load_heads(slots: &Range<u16>, db: &Db, cache: &mut Cache) -> Result<(), Stri
         }
         iter.seek(next);
     }
-    iter.status().map_err(|e| e.to_string())
+    iter.status()
 }
 
 /// One open shard.

@@ -75,9 +75,13 @@ impl SnapshotRows {
             let snapshot = db.snapshot();
             let key = RowKey::applied(shard);
             let row = match snapshot.get(key.as_bytes()) {
-                Ok(value) => value.map(|value| shard::decode_applied(&key, &value)).transpose(),
-                Err(error) => Err(error.to_string()),
+                Ok(value) => {
+                    let row = value.map(|value| shard::decode_applied(&key, &value)).transpose();
+                    row.map_err(ReadError::Damaged)
+                }
+                Err(error) => Err(io_error(error)),
             };
+            let row = row.inspect_err(|error| log.report(error));
             let none = !matches!(row, Ok(Some(_)));
             // Nobody waits, or nobody wants the rows: done.
             if head.send(row).is_err() || none || begin_rx.await.is_err() {
@@ -87,15 +91,13 @@ impl SnapshotRows {
             let (from, end) = shard::key_range(&slots);
             let iter = snapshot.iter(KeyRange::new(from, end).once());
             if let Err(error) = send_rows(iter, &chunks).await {
-                if let ReadError::Damaged(what) = &error {
-                    log.condemn(what);
-                }
+                log.report(&error);
                 // Whoever received may be gone.
                 let _ = chunks.send(Err(error)).await;
             }
         })?;
         let row = head_rx.await.map_err(io::Error::other)?;
-        let row = row.map_err(|what| io::Error::new(io::ErrorKind::InvalidData, what))?;
+        let row = row.map_err(io::Error::other)?;
         Ok(row.map(|applied| Self { applied, source: Source::Stored { begin: Some(begin), chunks: chunks_rx } }))
     }
 

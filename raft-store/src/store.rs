@@ -28,7 +28,7 @@ use tokio::{
 use crate::{
     apply::{ApplyStats, Job},
     checkpoint::{self, Checkpoints},
-    db::{Db, KeyRange},
+    db::{Db, DbError, KeyRange},
     disk::{Disk, Lock},
     exec::Worker,
     identity, install,
@@ -36,11 +36,12 @@ use crate::{
     log::{LogCore, ShardLog},
     logkey::{self, LogKind},
     machine::ShardMachine,
+    quarantine::Quarantine,
     reader::ShardReader,
     shard::{ShardCore, ShardState},
     snapshot::SnapshotReceiver,
     types::RaftLogId,
-    wal::{self, Op, Wal},
+    wal::{Op, Wal},
 };
 
 /// The meta shard's place among the slots.
@@ -241,6 +242,7 @@ pub(crate) struct Parts {
     pub(crate) loader: Loader,
     pub(crate) checkpoints: Checkpoints,
     pub(crate) failed: watch::Sender<Option<Failure>>,
+    pub(crate) quarantine: Arc<Quarantine>,
     pub(crate) install_dir: PathBuf,
     /// Bytes of clean rows that one shard may keep.
     pub(crate) clean_budget: Arc<AtomicUsize>,
@@ -256,9 +258,18 @@ impl Parts {
 
     /// Publishes that the disk refused: from here on nothing is tried any more.
     pub(crate) fn fail(&self, what: String) -> StoreError {
-        let failure = Failure { what };
-        wal::fail(&self.failed, &failure);
-        StoreError::Failed(failure)
+        StoreError::Failed(self.quarantine.refuse(what))
+    }
+
+    /// A read of an instance was answered so: damage is noted, a refusal is published; either way the broker stops.
+    pub(crate) fn refused(&self, shard: ShardId, doing: &str, error: DbError) -> StoreError {
+        match error {
+            DbError::Corrupt(what) => {
+                self.quarantine.condemn(&format!("shard {shard}: {what}"));
+                StoreError::Damaged { shard, what }
+            }
+            DbError::Io(what) => self.fail(format!("{doing}, shard {shard}: {what}")),
+        }
     }
 
     /// Refuses when the disk has refused before.
@@ -340,7 +351,8 @@ impl Store {
     /// meta shard) and are remembered.
     ///
     /// # Errors
-    /// Nothing changed but for [`StoreError::Failed`], after which the broker must stop.
+    /// After [`StoreError::Failed`] and [`StoreError::Damaged`] the broker must stop; of damage the directory keeps a
+    /// note. Otherwise nothing changed.
     pub async fn shard(&self, shard: ShardId, slots: Range<u16>) -> Result<Shard, StoreError> {
         let _one = self.opening.lock().await;
         self.parts.check()?;
@@ -348,7 +360,8 @@ impl Store {
             return Err(StoreError::Open(shard));
         }
         let damaged = |what: String| StoreError::Damaged { shard, what };
-        let found = self.slots_on_disk(shard).map_err(damaged)?;
+        let refused = |error| self.parts.refused(shard, "opening the shard", error);
+        let found = self.slots_on_disk(shard).map_err(refused)?;
         if let Some(found) = found.clone().filter(|found| *found != slots) {
             return Err(StoreError::OtherSlots { shard, found, asked: slots });
         }
@@ -359,11 +372,11 @@ impl Store {
         let (state_db, budget, range) = (self.parts.state_db.clone(), self.parts.clean_budget.clone(), slots.clone());
         let exec = self.parts.disk.exec();
         let load = move || {
-            let log = LogCore::open(shard, log_db, exec, wal, tail_bytes)?;
-            Ok((log, ShardState::load(shard, &range, &state_db, budget)?))
+            let state = ShardState::load(shard, &range, &state_db, budget)?;
+            Ok((LogCore::open(shard, log_db, (exec, wal), tail_bytes, state.progress.applied)?, state))
         };
         let loaded = exec.run(load).await.map_err(|_| StoreError::Closed)?;
-        let (log, (state, _)) = loaded.map_err(damaged)?;
+        let (log, state) = loaded.map_err(refused)?;
         let log = Arc::new(log);
         if found.is_none() {
             log.send_and_wait(|done| Op::Slots { slots: slots.clone(), done }).await?;
@@ -401,28 +414,31 @@ impl Store {
         })
     }
 
-    fn slots_on_disk(&self, shard: ShardId) -> Result<Option<Range<u16>>, String> {
+    fn slots_on_disk(&self, shard: ShardId) -> Result<Option<Range<u16>>, DbError> {
         let key = logkey::small(shard, LogKind::Slots);
-        let value = self.log_db.get(key).map_err(|e| e.to_string())?;
-        value.map(|value| logkey::slots_from(logkey::unseal(&key, &value)?)).transpose()
+        let value = self.log_db.get(key)?;
+        let slots = value.map(|value| logkey::slots_from(logkey::unseal(&key, &value)?)).transpose();
+        slots.map_err(DbError::Corrupt)
     }
 
     /// The shards of this directory with their slots, ascending. Blocks on the disk.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`] when what stands there is not what was written.
+    /// [`StoreError::Damaged`] when what stands there is not what was written; [`StoreError::Failed`] when the disk
+    /// refuses. Either way the broker must stop.
     pub fn shards_on_disk(&self) -> Result<Vec<(ShardId, Range<u16>)>, StoreError> {
         let mut shards = Vec::new();
         let mut iter = self.log_db.iter(KeyRange::default());
         let mut next = Some(ShardId(0));
+        let refused = |error| self.parts.refused(ShardId(0), "listing the shards", error);
         while let Some(at) = next {
             iter.seek(logkey::small(at, LogKind::Slots));
             let Some(shard) = iter.key().and_then(logkey::shard_of) else { break };
-            let slots = self.slots_on_disk(shard).map_err(|what| StoreError::Damaged { shard, what })?;
+            let slots = self.slots_on_disk(shard).map_err(refused)?;
             shards.extend(slots.map(|slots| (shard, slots)));
             next = shard.0.checked_add(1).map(ShardId);
         }
-        iter.status().map_err(|e| StoreError::Damaged { shard: ShardId(0), what: e.to_string() })?;
+        iter.status().map_err(refused)?;
         Ok(shards)
     }
 
@@ -523,5 +539,8 @@ impl Store {
         let workers = std::mem::take(&mut *self.workers.lock());
         // A checkpoint under way may take a while.
         self.parts.disk.exec().join(workers).await;
+        let quarantine = self.parts.quarantine.clone();
+        // Only a runtime that is going away does not run it.
+        let _ = self.parts.disk.exec().run(move || quarantine.settle()).await;
     }
 }

@@ -72,6 +72,12 @@ impl Tail {
         self.last
     }
 
+    /// The entries `[begin, next)` that are synced; `next` is at or below `begin` when there are none.
+    pub(crate) fn on_disk(&self) -> (u64, u64) {
+        let unsynced = self.entries.iter().find(|e| e.ticket > self.synced).map(|e| e.entry.log_id.index);
+        (self.begin, unsynced.unwrap_or_else(|| self.last.map_or(0, |last| last.index.saturating_add(1))))
+    }
+
     pub(crate) fn generation(&self) -> u64 {
         self.generation
     }

@@ -150,6 +150,11 @@ impl Wal {
         self.quarantine.condemn(what);
     }
 
+    /// The disk refuses: the broker stops.
+    pub(crate) fn refuse(&self, what: String) {
+        self.quarantine.refuse(what);
+    }
+
     /// Why the queue takes no more.
     pub(crate) fn stopped(&self) -> StoreError {
         self.failed.borrow().clone().map_or(StoreError::Closed, StoreError::Failed)

@@ -4,7 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, unreachable_pub)]
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use openraft::{
     RaftLogReader, RaftSnapshotBuilder,
@@ -15,7 +15,7 @@ use stentor_proto::{
     internal::AppliedRow,
 };
 use stentor_raft_store::{
-    DiskError, Identity, MemoryDisk, RowChunk, Store,
+    DiskError, Identity, MemoryDisk, OpenError, ReadFault, RowChunk, Shard, Store, StoreError,
     types::{RaftLogEntry, Vote},
     wire::log_id,
 };
@@ -191,8 +191,12 @@ async fn live(disk: &MemoryDisk, sent: &Sent, at: &str, fails: bool) -> Acknowle
 /// Opens what is left and judges it.
 async fn judge(disk: &MemoryDisk, acknowledged: &Acknowledged, at: &str) {
     let store = open_twin(disk).unwrap_or_else(|e| panic!("{at}: {e}"));
-    assert!(!acknowledged.identity || store.identity() == Some(identity()), "{at}: the identity is lost");
     let shard = store.shard(ShardId(1), SLOTS).await.unwrap_or_else(|e| panic!("{at}: {e}"));
+    judge_open(&store, shard, acknowledged, at).await;
+}
+
+async fn judge_open(store: &Store, shard: Shard, acknowledged: &Acknowledged, at: &str) {
+    assert!(!acknowledged.identity || store.identity() == Some(identity()), "{at}: the identity is lost");
     let mut replica = Replica { id: ShardId(1), shard, term: 1 };
     let vote = replica.shard.log.read_vote().await.unwrap().map_or(0, |vote| vote.leader_id.term);
     assert!(vote >= acknowledged.vote, "{at}: vote {} is lost", acknowledged.vote);
@@ -321,4 +325,151 @@ fn install_cut_twice(sent: &Sent, first: u64, second: u64) -> (bool, bool) {
         judge(&disk, &life.acknowledged, &at).await;
         (ended, again)
     })
+}
+
+/// What a start has to read: everything that a store keeps, or a snapshot that was not installed to its end.
+#[derive(Debug, Clone, Copy)]
+enum Left {
+    Stopped,
+    /// Its operation of this number did not happen any more.
+    Installing {
+        cut: u64,
+    },
+}
+
+/// A disk that waits for a start; what was acknowledged on it.
+async fn left(disk: &MemoryDisk, left: Left, sent: &Sent) -> Acknowledged {
+    let mut acknowledged = Acknowledged::default();
+    let Ok(mut life) = Life::begin(disk, &mut acknowledged).await else { panic!("the disk works") };
+    life.vote(2).await.unwrap();
+    life.write(0..30).await.unwrap();
+    life.checkpoint().await.unwrap();
+    match left {
+        Left::Stopped => {
+            life.replica.shard.log.purge(log_id(1, 9)).await.unwrap();
+            life.write(30..50).await.unwrap();
+            life.store.close().await;
+        }
+        Left::Installing { cut } => {
+            disk.set_torn(false);
+            disk.cut_power_at(cut);
+            assert!(life.install(sent).await.is_err(), "the install came to its end before its cut");
+        }
+    }
+    life.acknowledged
+}
+
+/// Both; the install was cut when its manifest was written and the rows were being replaced.
+fn all_left(sent: &Sent) -> [Left; 2] {
+    let has_manifest = |cut: u64| {
+        simulate(1, async {
+            let disk = MemoryDisk::new(1);
+            left(&disk, Left::Installing { cut }, sent).await;
+            let files = disk.durable_files();
+            files.iter().any(|path| path.extension().is_some_and(|extension| extension == "manifest"))
+        })
+    };
+    let cut = (1..).find(|&cut| has_manifest(cut)).unwrap();
+    assert!(has_manifest(cut + 3));
+    [Left::Stopped, Left::Installing { cut: cut + 3 }]
+}
+
+/// How a start ended that did not succeed.
+#[derive(Debug)]
+enum NotStarted {
+    Open(OpenError),
+    Shard(StoreError, Option<String>),
+}
+
+/// Everything that a start reads.
+async fn start(disk: &MemoryDisk) -> Result<(Arc<Store>, Shard), NotStarted> {
+    let store = open_twin(disk).map_err(NotStarted::Open)?;
+    let failure = |error| NotStarted::Shard(error, store.failed().borrow().clone().map(|failure| failure.what));
+    let shards = store.shards_on_disk().map_err(failure)?;
+    assert_eq!(shards, [(ShardId(1), SLOTS)]);
+    let shard = store.shard(ShardId(1), SLOTS).await.map_err(failure)?;
+    Ok((store, shard))
+}
+
+/// A start whose `n`th read goes wrong: whether it came to that, and whether the start failed.
+fn start_with_fault(sent: &Sent, what: Left, fault: ReadFault, n: u64) -> (bool, bool) {
+    simulate(n, async {
+        let at = format!("{what:?}: {fault:?} at {n}");
+        let disk = MemoryDisk::new(n);
+        let acknowledged = left(&disk, what, sent).await;
+        let before = disk.reads();
+        disk.fail_read_at(n, fault);
+        let started = start(&disk).await;
+        let reached = disk.reads() >= before + n;
+        disk.heal();
+        let noted = disk.durable_files().contains(&PathBuf::from("/data/damaged"));
+        let error = match started {
+            // The bit was one that this start did not look at, or that a second copy makes good.
+            Ok((store, shard)) => {
+                assert!(!reached || fault != ReadFault::Refused(DiskError::Io), "{at}: an error was passed over");
+                judge_open(&store, shard, &acknowledged, &at).await;
+                return (reached, false);
+            }
+            Err(error) => error,
+        };
+        match (fault, error) {
+            (ReadFault::Refused(_), NotStarted::Open(OpenError::Io { .. })) => {}
+            (ReadFault::Refused(_), NotStarted::Shard(StoreError::Failed(failure), published)) => {
+                assert_eq!(published.as_ref(), Some(&failure.what), "{at}");
+                assert!(!failure.what.contains("delete"), "{at}: {failure}");
+            }
+            // Behind a format that is not known nothing can be judged: it is refused as such.
+            (
+                ReadFault::Damaged | ReadFault::Flipped,
+                NotStarted::Open(OpenError::Corrupt { .. } | OpenError::NewerFormat { .. }),
+            ) => {}
+            (ReadFault::Damaged | ReadFault::Flipped, NotStarted::Shard(StoreError::Damaged { .. }, published)) => {
+                let published = published.unwrap_or_else(|| panic!("{at}: the store goes on"));
+                assert!(noted, "{at}: it is not noted");
+                match open_twin(&disk) {
+                    Err(error @ OpenError::Corrupt { .. }) => assert_eq!(error.to_string(), published, "{at}"),
+                    other => panic!("{at}: it opens again: {:?}", other.map(drop)),
+                }
+                return (reached, true);
+            }
+            (_, error) => panic!("{at}: {error:?}"),
+        }
+        assert!(!noted, "{at}: a directory is given up that may be whole");
+        judge(&disk, &acknowledged, &at).await;
+        (reached, true)
+    })
+}
+
+fn at_every_read(sent: &Sent, what: Left, fault: ReadFault) -> (u64, u64) {
+    let (mut n, mut failed) = (1, 0);
+    loop {
+        let (reached, ended) = start_with_fault(sent, what, fault, n);
+        if !reached {
+            return (n - 1, failed);
+        }
+        failed += u64::from(ended);
+        n += 1;
+    }
+}
+
+#[test]
+fn a_read_that_the_disk_refuses_ends_a_start_and_the_directory_is_kept() {
+    let sent = simulate(1, sent());
+    for what in all_left(&sent) {
+        let (reads, failed) = at_every_read(&sent, what, ReadFault::Refused(DiskError::Io));
+        assert!(reads > 25, "{what:?}: a start reads more than {reads} times");
+        assert_eq!(failed, reads);
+    }
+}
+
+#[test]
+fn damage_that_a_start_reads_is_called_damage() {
+    let sent = simulate(1, sent());
+    for what in all_left(&sent) {
+        let (reads, failed) = at_every_read(&sent, what, ReadFault::Damaged);
+        // Each slot of the synced position has the other one beside it.
+        assert_eq!(failed, reads - 2, "{what:?}");
+        let (reads, failed) = at_every_read(&sent, what, ReadFault::Flipped);
+        assert!(failed > 8 && failed < reads, "{what:?}: {failed} of {reads}");
+    }
 }

@@ -185,6 +185,7 @@ impl MemoryFile {
             let rest = content.get(usize::try_from(at).unwrap_or(usize::MAX)..).unwrap_or(&[]);
             let count = rest.len().min(out.len());
             out[..count].copy_from_slice(&rest[..count]);
+            platter.read_file(&mut out[..count])?;
             Ok(count)
         })
     }
@@ -257,7 +258,9 @@ impl Life {
     pub(crate) fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         self.with(|platter, _| {
             let inode = *platter.files.names.get(path).ok_or_else(not_found)?;
-            Ok(platter.files.inode(inode)?.now.clone())
+            let mut content = platter.files.inode(inode)?.now.clone();
+            platter.read_file(&mut content)?;
+            Ok(content)
         })
     }
 

@@ -108,8 +108,8 @@ impl MemoryDb {
     }
 
     pub(crate) fn view(&self) -> Result<MemoryView, DbError> {
-        let view = self.life.with(|platter, _| Ok(MemoryView(platter.table(&self.key)?.visible.clone())));
-        Ok(view?)
+        let rows = self.life.with(|platter, _| Ok(platter.table(&self.key)?.visible.clone()))?;
+        Ok(MemoryView { rows, life: self.life.clone() })
     }
 
     /// As RocksDB does it: to the WAL, then the fsync, then visible.
@@ -196,11 +196,14 @@ impl Drop for MemoryDb {
 
 /// One picture of an instance.
 #[derive(Clone)]
-pub(crate) struct MemoryView(Arc<Map>);
+pub(crate) struct MemoryView {
+    rows: Arc<Map>,
+    life: Life,
+}
 
 impl MemoryView {
-    pub(crate) fn get(&self, key: &[u8]) -> Option<Bytes> {
-        self.0.get(key).cloned()
+    pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Bytes>, DbError> {
+        self.life.read_row(self.rows.get(key).cloned())
     }
 }
 
@@ -210,44 +213,69 @@ pub(crate) struct MemoryIter {
     from: Bytes,
     end: Option<Bytes>,
     at: Option<(Bytes, Bytes)>,
+    failed: Option<DbError>,
 }
 
 impl MemoryIter {
     pub(crate) fn new(view: Result<MemoryView, DbError>, range: KeyRange) -> Self {
-        Self { view, from: range.from.into(), end: range.end.map(Bytes::from), at: None }
+        Self { view, from: range.from.into(), end: range.end.map(Bytes::from), at: None, failed: None }
     }
 
     fn first(&self, from: Bound<&[u8]>) -> Option<(Bytes, Bytes)> {
         let view = self.view.as_ref().ok()?;
-        let found = view.0.range::<[u8], _>((from, Bound::Unbounded)).next();
+        let found = view.rows.range::<[u8], _>((from, Bound::Unbounded)).next();
         let found = found.filter(|(key, _)| self.end.as_ref().is_none_or(|end| *key < end));
         found.map(|(key, value)| (key.clone(), value.clone()))
     }
 
     pub(crate) fn seek(&mut self, key: &[u8]) {
         let from = key.max(&self.from[..]);
-        self.at = self.first(Bound::Included(from));
+        self.read(self.first(Bound::Included(from)));
+    }
+
+    fn read(&mut self, found: Option<(Bytes, Bytes)>) {
+        let Ok(view) = &self.view else { return };
+        let (key, value) = found.unzip();
+        match view.life.read_row(value) {
+            Ok(value) => {
+                self.at = key.zip(value);
+                self.failed = None;
+            }
+            Err(error) => {
+                self.at = None;
+                self.failed = Some(error);
+            }
+        }
     }
 
     pub(crate) fn seek_for_prev(&mut self, key: &[u8]) {
-        let end = match &self.end {
-            Some(end) if end[..] <= *key => Bound::Excluded(&end[..]),
-            _ => Bound::Included(key),
+        let found = match &self.end {
+            Some(end) if end[..] <= *key => self.last(Bound::Excluded(&end[..])),
+            _ => self.last(Bound::Included(key)),
         };
+        self.read(found);
+    }
+
+    fn last(&self, end: Bound<&[u8]>) -> Option<(Bytes, Bytes)> {
         let empty = match end {
             Bound::Excluded(end) => end <= &self.from[..],
             Bound::Included(end) => end < &self.from[..],
             Bound::Unbounded => false,
         };
-        let Ok(view) = &self.view else { return };
-        let found =
-            if empty { None } else { view.0.range::<[u8], _>((Bound::Included(&self.from[..]), end)).next_back() };
-        self.at = found.map(|(key, value)| (key.clone(), value.clone()));
+        let view = self.view.as_ref().ok().filter(|_| !empty)?;
+        let found = view.rows.range::<[u8], _>((Bound::Included(&self.from[..]), end)).next_back();
+        found.map(|(key, value)| (key.clone(), value.clone()))
     }
 
     pub(crate) fn next(&mut self) {
         if let Some((key, _)) = self.at.take() {
-            self.at = self.first(Bound::Excluded(&key));
+            self.read(self.first(Bound::Excluded(&key)));
+        }
+    }
+
+    pub(crate) fn prev(&mut self) {
+        if let Some((key, _)) = self.at.take() {
+            self.read(self.last(Bound::Excluded(&key)));
         }
     }
 
@@ -256,6 +284,9 @@ impl MemoryIter {
     }
 
     pub(crate) fn status(&self) -> Result<(), DbError> {
-        self.view.as_ref().map(drop).map_err(Clone::clone)
+        match (&self.view, &self.failed) {
+            (Err(error), _) | (Ok(_), Some(error)) => Err(error.clone()),
+            (Ok(_), None) => Ok(()),
+        }
     }
 }

@@ -58,6 +58,11 @@ pub fn open_quiet(dir: &Path) -> Arc<Store> {
     open(config(dir), Arc::new(Quiet)).unwrap()
 }
 
+/// A directory for thousands of copies: in memory, where the system has such a place. Nothing that cuts power uses it.
+pub fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 /// A place for a data directory: a real one or a twin in memory.
 pub enum Place {
     Real(tempfile::TempDir),
