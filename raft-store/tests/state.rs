@@ -3,7 +3,10 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, unreachable_pub)]
 
-use openraft::storage::{RaftLogStorage, RaftStateMachine};
+use openraft::{
+    RaftSnapshotBuilder,
+    storage::{RaftLogStorage, RaftStateMachine},
+};
 use stentor_engine::key::{Entity, Kind};
 use stentor_proto::ids::{BrokerId, Incarnation, Seq, ShardId};
 use stentor_raft_store::{Identity, OpenError, ShardPosition, StoreError, open};
@@ -122,6 +125,14 @@ async fn pages_of_events_are_dense_in_both_directions(place: fn() -> Place) {
             replica.checkpoint().await;
         }
     }
+    // On disk, frozen, and dirty.
+    let mut cut = replica.shard.machine.try_create_snapshot_builder(false).await.unwrap();
+    replica.write(500..600).await;
+    let mut model = Model::new(ShardId(1));
+    model.apply_to(599);
+    model.compare(&replica).await;
+    cut.build_snapshot().await.unwrap();
+    model.compare(&replica).await;
     let entity = Entity::conversation("app", conversation(ShardId(1), 3).as_str());
     let reader = &replica.shard.reader;
     let seqs = |events: Vec<bytes::Bytes>| -> Vec<u64> {

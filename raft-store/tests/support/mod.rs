@@ -16,11 +16,12 @@ use openraft::{
 use stentor_engine::{
     apply, command,
     effect::{Applied, Outcome},
+    key::Entity,
     rows::MemoryRows,
 };
 use stentor_proto::{
     bundle::{Builder, Bundle},
-    ids::{AppId, ConversationId, DeviceId, ReplicaId, ShardId, Slot, StampMs, UserId},
+    ids::{AppId, ConversationId, DeviceId, ReplicaId, Seq, ShardId, Slot, StampMs, UserId},
     internal::{Create, Send},
     v1::{ConversationKind, EventKind},
 };
@@ -255,6 +256,27 @@ impl Replica {
     }
 }
 
+/// The same events from the last one down, from several places and with several bounds.
+async fn compare_backward(replica: &Replica, entity: &Entity, want: &[&Vec<u8>]) {
+    let len = want.len() as u64;
+    for before in [0, 1, 2, len / 2, len, len + 1, u64::MAX] {
+        for (limit, max_bytes) in [(0, 9_999), (1, 9_999), (7, 9_999), (50, 9_999), (1_000, 2_000), (3, 1)] {
+            let end = before.saturating_sub(1).min(len) as usize;
+            let (mut start, mut bytes) = (end, 0);
+            while start > 0 && end - start < limit {
+                bytes += want[start - 1].len();
+                if bytes > max_bytes && start < end {
+                    break;
+                }
+                start -= 1;
+            }
+            let got = replica.shard.reader.events_before(entity, Seq(before), limit, max_bytes).await.unwrap();
+            let same = got.len() == end - start && got.iter().zip(&want[start..end]).all(|(a, b)| a[..] == b[..]);
+            assert!(same, "{limit} events and {max_bytes} bytes of {entity:?} before {before}: {} came", got.len());
+        }
+    }
+}
+
 /// The state that the same entries make in a map.
 pub struct Model {
     pub shard: ShardId,
@@ -306,7 +328,8 @@ impl Model {
                 got.extend(page);
             }
             assert_eq!(got.len(), want.len(), "events of {entity:?}");
-            assert!(got.iter().zip(want).all(|(got, want)| got[..] == want[..]), "events of {entity:?}");
+            assert!(got.iter().zip(&want).all(|(got, want)| got[..] == want[..]), "events of {entity:?}");
+            compare_backward(replica, &entity, &want).await;
         }
         let report = reader.verify().await.unwrap();
         assert_eq!(report.chain_hash, self.chain);
