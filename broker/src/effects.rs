@@ -16,7 +16,7 @@ use stentor_proto::{
 use stentor_raft_store::{ApplyHook, types::RaftLogId};
 use tokio::sync::mpsc;
 
-use crate::interest::ShardInterest;
+use crate::{environment::Observer, interest::ShardInterest};
 
 /// Outbox hints that may wait; a lost one only means a scan.
 const HINTS: usize = 4_096;
@@ -92,11 +92,11 @@ impl ShardEffects {
 pub(crate) struct Hook {
     shards: ArcSwap<HashMap<ShardId, Arc<ShardEffects>>>,
     metrics: Arc<crate::metrics::Metrics>,
-    observer: Option<Arc<dyn ApplyHook>>,
+    observer: Option<Arc<dyn Observer>>,
 }
 
 impl Hook {
-    pub(crate) fn new(metrics: Arc<crate::metrics::Metrics>, observer: Option<Arc<dyn ApplyHook>>) -> Arc<Self> {
+    pub(crate) fn new(metrics: Arc<crate::metrics::Metrics>, observer: Option<Arc<dyn Observer>>) -> Arc<Self> {
         Arc::new(Self { shards: ArcSwap::default(), metrics, observer })
     }
 

@@ -3,6 +3,7 @@
 
 use std::{fmt, sync::Arc};
 
+use stentor_proto::ids::{ReplicaId, ShardId};
 use stentor_raft_store::{ApplyHook, MemoryDisk, OpenError, Store, StoreConfig};
 use stentor_transport::Host;
 
@@ -13,14 +14,21 @@ pub struct Environment {
     pub host: Host,
     /// Where its data lives.
     pub place: Place,
-    /// Told of every entry that is applied here, before its effects are carried out: for whoever watches a broker.
-    pub observer: Option<Arc<dyn ApplyHook>>,
+    /// Whoever watches this broker.
+    pub observer: Option<Arc<dyn Observer>>,
 }
 
 impl fmt::Debug for Environment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Environment").field("host", &self.host).finish_non_exhaustive()
     }
+}
+
+/// Watches a broker: is told of every entry that is applied here, before its effects are carried out, and of whom it
+/// leads. Must not wait.
+pub trait Observer: ApplyHook {
+    /// This replica leads its shard in this term. May be told several times.
+    fn leads(&self, shard: ShardId, own: ReplicaId, term: u64);
 }
 
 /// Where a broker's data lives.

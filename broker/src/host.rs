@@ -86,9 +86,10 @@ pub(crate) async fn open(
         node.stop.clone(),
     );
     node.spawn(batching);
-    let following = follow_leadership(raft.clone(), parts.reader.clone(), effects.clone(), known, node.stop.clone());
-    node.spawn(following);
-    let reader = parts.reader;
+    let observer = node.environment.observer.clone();
+    let leads = move |term| observer.iter().for_each(|observer| observer.leads(shard, own, term));
+    let (reader, stop) = (parts.reader, node.stop.clone());
+    node.spawn(follow_leadership(raft.clone(), reader.clone(), effects.clone(), known, stop, leads));
     let hosted = HostedShard { shard, own, raft, reader, slots, voted_before, leadership, proposer, effects };
     let hosted = Arc::new(hosted);
     node.host(hosted.clone());

@@ -32,5 +32,5 @@ pub mod status;
 mod upkeep;
 
 pub use config::{AppConfig, Bootstrap, BrokerConfig, ConfigError, KeyConfig, PeerConfig, StoreTuning};
-pub use environment::{Environment, Place};
+pub use environment::{Environment, Observer, Place};
 pub use start::{Addresses, Broker, ReadyError, StartError, start, start_in};

@@ -69,6 +69,10 @@ pub(crate) async fn may_answer(hosted: &HostedShard, linearizable: bool) -> Resu
         let leader = leadership.elsewhere();
         return Err(NotRead::NotLeader { leader, retry_here: leadership.leads });
     }
+    #[cfg(feature = "planted")]
+    if linearizable && stentor_engine::planted::is_planted(stentor_engine::planted::Bug::StaleRead) {
+        return Ok(());
+    }
     let policy = if linearizable { ReadPolicy::ReadIndex } else { ReadPolicy::LeaseRead };
     let linearizer = match hosted.raft.get_read_linearizer(policy).await {
         Ok(linearizer) => linearizer,

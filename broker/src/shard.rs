@@ -65,13 +65,14 @@ impl HostedShard {
     }
 }
 
-/// Follows who leads, until `stop`.
+/// Follows who leads, until `stop`; `leads` is told the term of every leadership of its own.
 pub(crate) async fn follow_leadership(
     raft: Raft,
     reader: ShardReader,
     effects: Arc<ShardEffects>,
     known: watch::Sender<Leadership>,
     stop: CancellationToken,
+    leads: impl Fn(u64) + Send,
 ) {
     let (mut server, mut applied) = (raft.server_metrics(), reader.applied());
     loop {
@@ -86,6 +87,7 @@ pub(crate) async fn follow_leadership(
         if now.leads {
             // Before anybody may register: an event between the two would be told to nobody.
             effects.lead(now.term);
+            leads(now.term);
         }
         known.send_if_modified(|known| std::mem::replace(known, now) != now);
         let waits_for_apply = now.leads && !now.ready;

@@ -320,6 +320,11 @@ impl Broker {
         }
     }
 
+    /// Why the broker cannot go on; `None` while it can.
+    pub fn failure(&self) -> Option<String> {
+        self.node.failed.borrow().clone()
+    }
+
     /// Hands its shards over to others as far as they take them, then stops as [`Self::halt`] does.
     pub async fn shutdown(self) {
         let led = || self.node.all_hosted().into_iter().filter(|hosted| hosted.leadership().leads);

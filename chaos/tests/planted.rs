@@ -8,10 +8,11 @@
 use std::time::Duration;
 
 use stentor_chaos::{
-    sim::{Fault, Plan, Schedule, Step, run},
+    sim::{Fault, Plan, Report, Schedule, Side, Step, run},
     workload,
 };
 use stentor_engine::planted::{Bug, plant};
+use stentor_raft_store::DiskFaults;
 use stentor_transport::memory::Death;
 
 /// Seeds that are tried: where a fault strikes is chance.
@@ -19,6 +20,10 @@ const SEEDS: std::ops::Range<u64> = 0..12;
 
 fn s(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
+}
+
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
 }
 
 fn at(seconds: u64, fault: Fault) -> Step {
@@ -29,40 +34,96 @@ fn crash(brokers: &[usize], death: Death, down: Duration) -> Fault {
     Fault::Crash { brokers: brokers.to_vec(), death, down }
 }
 
+/// Nothing gets from one broker to the other, either way.
+fn apart(one: usize, other: usize, from: Duration, upto: Duration) -> [Step; 2] {
+    let lasts = upto - from;
+    [(one, other), (other, one)]
+        .map(|(from_broker, to)| Step { at: from, fault: Fault::OneWay { from: from_broker, to, lasts } })
+}
+
 /// Many sends and few pauses, so that there is always something under way.
 fn busy(schedule: Vec<Step>) -> Plan {
-    let pause = Duration::from_millis(150);
+    let pause = ms(150);
     let workload = workload::Plan { operations: 150, pause, ..workload::Plan::small(0) };
     Plan { schedule: Some(Schedule(schedule)), workload, shards: 2, ..Plan::default() }
 }
 
+/// A run with the bug.
+fn planted(bug: Bug, seed: u64, plan: &Plan) -> Report {
+    plant(Some(bug));
+    let report = run(seed, plan);
+    plant(None);
+    report
+}
+
 /// With the bug, some seed breaks this invariant; without it, that seed keeps all.
-fn found(bug: Bug, invariant: &str, plan: &Plan) {
+fn found(what: &str, invariant: &str, plan: &Plan, with_bug: impl Fn(u64) -> Report) {
     let mut seen = Vec::new();
     for seed in SEEDS {
-        plant(Some(bug));
-        let report = run(seed, plan);
-        plant(None);
-        let hit = report.broken().contains(&invariant);
+        let report = with_bug(seed);
         seen.push(format!("seed {seed}: {:?}", report.broken()));
-        if hit {
+        if report.broken().contains(&invariant) {
             let sound = run(seed, plan);
             assert!(sound.violations.is_empty(), "without the bug:\n{sound}");
-            println!("{bug:?}: {}", seen.join(", "));
+            println!("{what}: {}\n{report}", seen.join(", "));
             return;
         }
     }
-    panic!("{bug:?} was never found by {invariant}: {}", seen.join(", "));
+    panic!("{what} was never found by {invariant}: {}", seen.join(", "));
+}
+
+fn found_bug(bug: Bug, invariant: &str, plan: &Plan) {
+    found(&format!("{bug:?}"), invariant, plan, |seed| planted(bug, seed, plan));
 }
 
 #[test]
 fn an_acknowledgement_before_the_fsync_is_found_as_a_loss() {
-    let cut = || crash(&[0, 1, 2], Death::Power, Duration::from_millis(500));
-    found(Bug::AcknowledgeBeforeFsync, "I1", &busy(vec![at(4, cut()), at(8, cut())]));
+    let cut = || crash(&[0, 1, 2], Death::Power, ms(500));
+    found_bug(Bug::AcknowledgeBeforeFsync, "I1", &busy(vec![at(4, cut()), at(8, cut())]));
 }
 
 #[test]
 fn a_send_that_is_not_deduplicated_is_found_twice() {
     let kill = |broker| crash(&[broker], Death::Process, s(1));
-    found(Bug::NoDeduplication, "I3", &busy(vec![at(3, kill(0)), at(5, kill(1)), at(7, kill(2)), at(9, kill(0))]));
+    found_bug(Bug::NoDeduplication, "I3", &busy(vec![at(3, kill(0)), at(5, kill(1)), at(7, kill(2)), at(9, kill(0))]));
+}
+
+/// A leader that is cut off with one gateway still believes that it leads, and devices of that gateway ask it; the other
+/// side goes on without it. Long pauses: a device that waits for one read does not begin another.
+#[test]
+fn a_read_without_a_quorum_is_found_to_be_stale() {
+    let cut = |broker, gateway| {
+        let side = Side { brokers: vec![broker], gateways: vec![gateway] };
+        Fault::Partition { side, lasts: s(7) }
+    };
+    let plan = busy(vec![at(3, cut(0, 0)), at(12, cut(1, 1))]);
+    let workload = workload::Plan { users: 6, operations: 60, pause: ms(600), ..plan.workload.clone() };
+    found_bug(Bug::StaleRead, "I9", &Plan { workload, ..plan });
+}
+
+/// Brokers hand over what they lead. Who takes over refuses what comes before the first entry of its term is applied,
+/// which slow disks draw out, but not what comes behind that on the same slow way.
+#[test]
+fn a_send_that_overtakes_another_is_found_out_of_order() {
+    let network = Fault::BadNetwork { max: ms(100), lost_per_mille: 0, lasts: s(14) };
+    let disks = (0..3).map(|broker| Fault::SlowDisk { broker, sync: ms(200), lasts: s(14) });
+    let slow = disks.chain([network]).map(|fault| at(1, fault));
+    let restarts = (0..6).map(|n| at(2 + 2 * n, Fault::Restart { broker: n as usize % 3, down: ms(200) }));
+    let plan = busy(slow.chain(restarts).collect());
+    let workload = workload::Plan { operations: 250, pause: ms(60), ..plan.workload.clone() };
+    found_bug(Bug::LostSendOrder, "I10", &Plan { workload, ..plan });
+}
+
+/// Broker 1 has voted for a new leader and taken its entries. Without that vote it lets the old leader overwrite them,
+/// which comes back just when the new one is gone.
+#[test]
+fn a_vote_that_is_not_persisted_is_found_by_entries_that_differ() {
+    let (begin, turn, end) = (s(3), s(7), s(12));
+    let cuts = [apart(0, 1, begin, turn), apart(0, 2, begin, end), apart(1, 2, turn - ms(100), end)];
+    let mut schedule: Vec<Step> = cuts.into_iter().flatten().collect();
+    schedule.push(Step { at: turn - ms(50), fault: crash(&[1], Death::Power, ms(300)) });
+    schedule.sort_by_key(|step| step.at);
+    let plan = busy(schedule);
+    let forgetful = Plan { disks: DiskFaults { votes_forgotten: true, ..DiskFaults::default() }, ..plan.clone() };
+    found("VoteNotPersisted", "agreement", &plan, |seed| run(seed, &forgetful));
 }

@@ -12,6 +12,8 @@ pub enum Bug {
     NoDeduplication,
     /// A send is accepted although one before it is missing.
     LostSendOrder,
+    /// A linearizable read is answered by whoever believes that it leads, without asking a quorum.
+    StaleRead,
 }
 
 thread_local! {

@@ -1,11 +1,12 @@
-//! What the replicas of a simulated cluster apply, compared with each other entry by entry. Must never take one replica's
-//! word for what another one did.
+//! What the replicas of a simulated cluster apply, compared with each other entry by entry, and who leads them: one in a
+//! term. Must never take one replica's word for what another one did.
 
 use std::collections::BTreeMap;
 
 use parking_lot::Mutex;
+use stentor_broker::Observer;
 use stentor_engine::effect::Applied;
-use stentor_proto::ids::ShardId;
+use stentor_proto::ids::{ReplicaId, ShardId};
 use stentor_raft_store::{ApplyHook, types::RaftLogId};
 use stentor_transport::memory::Trace;
 use twox_hash::XxHash3_64;
@@ -25,7 +26,17 @@ pub(super) struct Agreement {
 #[derive(Default)]
 struct Known {
     results: BTreeMap<(ShardId, u64), Result>,
+    /// By shard and term.
+    leaders: BTreeMap<(ShardId, u64), ReplicaId>,
     problems: Vec<String>,
+}
+
+impl Known {
+    fn problem(&mut self, what: String) {
+        if self.problems.len() < TOLD && !self.problems.contains(&what) {
+            self.problems.push(what);
+        }
+    }
 }
 
 impl Agreement {
@@ -50,9 +61,19 @@ impl ApplyHook for Agreement {
         self.trace.note("applied", &[shard.0.into(), log_id.index, result.0, result.1], &[]);
         let mut known = self.known.lock();
         let first = *known.results.entry((shard, log_id.index)).or_insert(result);
-        if first != result && known.problems.len() < TOLD {
+        if first != result {
             let index = log_id.index;
-            known.problems.push(format!("agreement: entry {index} of shard {shard} is {first:?} and {result:?}"));
+            known.problem(format!("agreement: entry {index} of shard {shard} is {first:?} and {result:?}"));
+        }
+    }
+}
+
+impl Observer for Agreement {
+    fn leads(&self, shard: ShardId, own: ReplicaId, term: u64) {
+        let mut known = self.known.lock();
+        let first = *known.leaders.entry((shard, term)).or_insert(own);
+        if first != own {
+            known.problem(format!("leaders: term {term} of shard {shard} has two, {first} and {own}"));
         }
     }
 }

@@ -8,11 +8,13 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use stentor_broker::{AppConfig, Bootstrap, Broker, BrokerConfig, Environment, KeyConfig, PeerConfig, Place};
+use stentor_broker::{
+    AppConfig, Bootstrap, Broker, BrokerConfig, Environment, KeyConfig, PeerConfig, Place, ReadyError, StartError,
+};
 use stentor_client::{Client, ClientError, MemoryCursors};
 use stentor_gateway::{BrokerAddress, Gateway, GatewayConfig, GatewayLimits};
 use stentor_proto::ids::{AppId, BrokerId, DeviceId, UserId};
-use stentor_raft_store::MemoryDisk;
+use stentor_raft_store::{DiskError, MemoryDisk};
 use stentor_transport::{
     Host,
     memory::{Death, Network, Trace},
@@ -32,6 +34,11 @@ const PORTS: [u16; 4] = [7_411, 7_410, 7_490, 7_443];
 const WALL_MS: u64 = 1_800_000_000_000;
 /// Tokens outlive every run and every wrong clock.
 const TOKEN_S: u64 = 7 * 24 * 3_600;
+
+/// How long a disk that was told to fail may take to be used.
+const DISK_PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is looked whether a broker has stopped.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// Certificates must be there to be read, though nobody's TLS uses them here.
 struct Keys {
@@ -58,6 +65,10 @@ struct BrokerPlace {
     running: Option<Broker>,
     /// Counts starts and crashes, so that a late restart finds out that it is too late.
     life: u64,
+    /// Its disk was told to fail: then it need not start.
+    failing: bool,
+    /// The seed of its next disk.
+    disks: u64,
 }
 
 /// A cluster of simulated hosts. Cheap to clone.
@@ -95,6 +106,8 @@ impl Cluster {
             disk: MemoryDisk::new(seed.wrapping_mul(31).wrapping_add(n as u64)),
             running: None,
             life: 0,
+            failing: false,
+            disks: seed.wrapping_mul(37).wrapping_add(n as u64),
         };
         let cluster = Self(Arc::new(Inner {
             network,
@@ -108,6 +121,9 @@ impl Cluster {
             problems: Mutex::default(),
         }));
         for n in 0..plan.brokers {
+            if let Some(disk) = cluster.disk(n) {
+                disk.set_faults(plan.disks);
+            }
             cluster.start_broker(n).await;
         }
         for n in 0..plan.gateways {
@@ -130,6 +146,8 @@ impl Cluster {
                 self.put_back(n, life, broker);
                 match ready {
                     Ok(()) => break,
+                    // It never will be; and it says so without waiting.
+                    Err(ReadyError::Failed(what)) => return Err(format!("broker {n} has stopped: {what}")),
                     Err(_) if tokio::time::Instant::now() < until => {}
                     Err(error) => return Err(format!("broker {n} is not ready: {error}")),
                 }
@@ -205,12 +223,54 @@ impl Cluster {
             return;
         };
         let host = self.0.network.boot(Self::broker_ip(n));
-        let observer = Some(self.0.agreement.clone() as Arc<dyn stentor_raft_store::ApplyHook>);
+        let observer = Some(self.0.agreement.clone() as Arc<dyn stentor_broker::Observer>);
         let environment = Environment { host, place: Place::Memory(disk), observer };
         match stentor_broker::start_in(environment, self.broker_config(n)).await {
             Ok(broker) => self.put_back(n, life, broker),
             Err(_) if self.0.brokers.lock().get(n).is_none_or(|place| place.life != life) => {}
-            Err(error) => self.problem(format!("broker {n} does not start: {error}")),
+            Err(error) => self.not_started(n, life, &error),
+        }
+    }
+
+    /// A broker whose disk fails while it starts is down until somebody starts it again.
+    fn not_started(&self, n: usize, life: u64, error: &StartError) {
+        if let Some(place) = self.0.brokers.lock().get_mut(n).filter(|place| place.failing && place.life == life) {
+            place.life += 1;
+            return;
+        }
+        self.problem(format!("broker {n} does not start: {error}"));
+    }
+
+    /// Lets an operation of a broker's disk fail. True when the broker has stopped of it, or did not start; false when
+    /// that did not happen within a while.
+    pub(super) async fn fail_disk(&self, n: usize, operation: u64, error: DiskError) -> bool {
+        let begun = {
+            let mut brokers = self.0.brokers.lock();
+            let Some(place) = brokers.get_mut(n).filter(|place| !place.failing) else { return false };
+            place.failing = true;
+            place.disk.fail_at(operation, error);
+            place.disk.clone()
+        };
+        let until = tokio::time::Instant::now() + DISK_PATIENCE;
+        let mut failed = false;
+        while !failed && tokio::time::Instant::now() < until {
+            tokio::time::sleep(LOOK).await;
+            let brokers = self.0.brokers.lock();
+            let place = brokers.get(n);
+            failed = place.and_then(|place| place.running.as_ref()).is_some_and(|broker| broker.failure().is_some());
+        }
+        begun.heal();
+        if let Some(place) = self.0.brokers.lock().get_mut(n) {
+            place.failing = false;
+        }
+        failed
+    }
+
+    /// Puts an empty disk in the place of a broker's, unless it runs.
+    pub(super) fn wipe(&self, n: usize) {
+        if let Some(place) = self.0.brokers.lock().get_mut(n).filter(|place| place.life % 2 == 0) {
+            place.disk = MemoryDisk::new(place.disks);
+            place.disks = place.disks.wrapping_add(1_000_003);
         }
     }
 
@@ -230,6 +290,23 @@ impl Cluster {
         if let Some(broker) = running {
             // What is left of it can neither speak nor write: it only has to let go.
             tokio::spawn(broker.halt());
+        }
+    }
+
+    /// Stops a broker in good order: it hands over what it leads.
+    pub(super) async fn stop_broker(&self, n: usize) {
+        let asked = self.0.brokers.lock().get_mut(n).and_then(|place| Some((place.life, place.running.take()?)));
+        let Some((life, broker)) = asked else { return };
+        broker.shutdown().await;
+        let still_it = {
+            let mut brokers = self.0.brokers.lock();
+            brokers.get_mut(n).filter(|place| place.life == life).map(|place| {
+                place.life += 1;
+                place.disk.kill_process();
+            })
+        };
+        if still_it.is_some() {
+            self.0.network.kill(Self::broker_ip(n), Death::Process);
         }
     }
 

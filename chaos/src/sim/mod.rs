@@ -8,5 +8,5 @@ mod nemesis;
 mod run;
 
 pub use cluster::Cluster;
-pub use nemesis::{Fault, Schedule, Step};
+pub use nemesis::{Fault, Schedule, Side, Step};
 pub use run::{Plan, Report, run};

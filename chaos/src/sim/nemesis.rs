@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, fmt, time::Duration};
 
 use rand::{Rng, rngs::StdRng, seq::IndexedRandom};
-use stentor_raft_store::DiskFaults;
+use stentor_raft_store::DiskError;
 use stentor_transport::memory::{Death, Latency, stream_of};
 use tokio::{task::JoinSet, time::Instant};
 
@@ -19,6 +19,13 @@ pub enum Fault {
         brokers: Vec<usize>,
         /// How.
         death: Death,
+        /// For how long.
+        down: Duration,
+    },
+    /// A broker is stopped in good order, hands over what it leads, and is back `down` later.
+    Restart {
+        /// Which.
+        broker: usize,
         /// For how long.
         down: Duration,
     },
@@ -62,6 +69,19 @@ pub enum Fault {
         sync: Duration,
         /// For how long.
         lasts: Duration,
+    },
+    /// A write or an fsync of a broker fails, which must stop it; its process is back after `down`.
+    DiskFails {
+        /// Which.
+        broker: usize,
+        /// How many operations later, counted from 1.
+        operation: u64,
+        /// How.
+        error: DiskError,
+        /// For how long.
+        down: Duration,
+        /// It comes back with an empty disk, and has to join.
+        wiped: bool,
     },
     /// Packets are lost and late everywhere.
     BadNetwork {
@@ -153,14 +173,24 @@ impl Schedule {
             steps.push(Step { at, fault: Self::fault(random, brokers, gateways) });
             at += ms(random, 200, 3_000);
         }
+        Self::wipe_once(&mut steps);
         Self(steps)
+    }
+
+    /// What is not yet on its new disk must be on the others: a second loss could be the second copy of something.
+    fn wipe_once(steps: &mut [Step]) {
+        let wipes = steps.iter_mut().filter_map(|step| match &mut step.fault {
+            Fault::DiskFails { wiped, .. } if *wiped => Some(wiped),
+            _ => None,
+        });
+        wipes.skip(1).for_each(|wiped| *wiped = false);
     }
 
     fn fault(random: &mut StdRng, brokers: usize, gateways: usize) -> Fault {
         let any = random.random_range(0..brokers.max(1));
         let other = (any + random.random_range(1..brokers.max(2))) % brokers.max(1);
         let lasts = ms(random, 500, 6_000);
-        match random.random_range(0..100) {
+        match random.random_range(0..118) {
             0..25 => {
                 let down = ms(random, 20, 4_000);
                 // One, a minority, a majority, all.
@@ -186,6 +216,12 @@ impl Schedule {
                 let gateway = random.random_range(0..gateways.max(1));
                 Fault::GatewayLoss { gateway, death: death(random), down: ms(random, 100, 4_000) }
             }
+            94..104 => {
+                let error = [DiskError::Io, DiskError::NoSpace].choose(random).copied().unwrap_or_default();
+                let (operation, down) = (random.random_range(1..=60), ms(random, 20, 3_000));
+                Fault::DiskFails { broker: any, operation, error, down, wiped: random.random_range(0..3) == 0 }
+            }
+            104..112 => Fault::Restart { broker: any, down: ms(random, 0, 3_000) },
             _ => Fault::Clock { broker: any, skew_ms: random.random_range(-600_000..=600_000) },
         }
     }
@@ -209,7 +245,7 @@ impl Schedule {
             cluster.network().set_wall_skew(Cluster::broker_ip(n), 0);
             if let Some(disk) = cluster.disk(n) {
                 disk.set_sync_delay(Duration::ZERO);
-                disk.set_faults(DiskFaults::default());
+                disk.heal();
             }
             cluster.start_broker(n).await;
         }
@@ -229,6 +265,11 @@ impl Fault {
                     crash(&cluster, &[hit], Death::Power, down).await;
                 }
             }
+            Self::Restart { broker, down } => {
+                cluster.stop_broker(broker).await;
+                tokio::time::sleep(down).await;
+                cluster.start_broker(broker).await;
+            }
             Self::Partition { side, lasts } => {
                 last(&cluster, across(&cluster, &side), lasts).await;
             }
@@ -246,6 +287,16 @@ impl Fault {
                 disk.set_sync_delay(sync);
                 tokio::time::sleep(lasts).await;
                 disk.set_sync_delay(Duration::ZERO);
+            }
+            Self::DiskFails { broker, operation, error, down, wiped } => {
+                if cluster.fail_disk(broker, operation, error).await {
+                    cluster.crash_broker(broker, Death::Process);
+                    tokio::time::sleep(down).await;
+                    if wiped {
+                        cluster.wipe(broker);
+                    }
+                }
+                cluster.start_broker(broker).await;
             }
             Self::BadNetwork { max, lost_per_mille, lasts } => {
                 cluster.network().set_latency(Latency { max, lost_per_mille, ..Latency::default() });

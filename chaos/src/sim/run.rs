@@ -4,6 +4,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use stentor_client::{Client, ConversationId, Create, MemoryCursors, Message};
+use stentor_raft_store::DiskFaults;
 use stentor_transport::memory::Trace;
 use tokio::{
     runtime::{Builder, RngSeed},
@@ -39,6 +40,8 @@ pub struct Plan {
     pub chaos: Duration,
     /// The faults; drawn from the seed when there are none here.
     pub schedule: Option<Schedule>,
+    /// Faults that every broker's disk has from the beginning until all is healed.
+    pub disks: DiskFaults,
     /// What clients do; its seed is replaced by the run's.
     pub workload: workload::Plan,
     /// Keep every note of the trace, to see where two runs part.
@@ -50,7 +53,16 @@ impl Default for Plan {
         let pause = Duration::from_millis(900);
         let workload = workload::Plan { operations: 40, pause, ..workload::Plan::small(0) };
         let chaos = Duration::from_secs(20);
-        Self { brokers: 3, gateways: 2, shards: 3, chaos, schedule: None, workload, lines: false }
+        Self {
+            brokers: 3,
+            gateways: 2,
+            shards: 3,
+            chaos,
+            schedule: None,
+            disks: DiskFaults::default(),
+            workload,
+            lines: false,
+        }
     }
 }
 

@@ -55,7 +55,8 @@ pub(crate) fn judge(row: Option<&SendStateRow>, send: &Send, hash: u64) -> Resul
 fn planted(row: Option<&SendStateRow>, send: &Send) -> Option<Judged> {
     use crate::planted::{Bug, is_planted};
     let (last, done_no) = row.map_or((0, 0), |row| (row.last, row.done_no));
-    let missing = send.send_no > done_no && row.is_none_or(|row| find(row, send.send_no).is_none());
+    let superseded = send.session_no > 0 && row.is_some_and(|row| row.session_no > send.session_no);
+    let missing = send.send_no > done_no && row.is_none_or(|row| find(row, send.send_no).is_none()) && !superseded;
     let again = send.send_no > done_no && send.send_no <= last;
     let fresh = is_planted(Bug::LostSendOrder) && missing || is_planted(Bug::NoDeduplication) && again;
     fresh.then_some(Judged::Fresh)
