@@ -67,10 +67,13 @@ impl LogCore {
         let (purged, committed) = (log_id(LogKind::Purged)?, log_id(LogKind::Committed)?);
         let entries = ends(&db, shard)?;
         let last = entries.map(|(_, last)| last).max(purged);
-        let begin = purged.map_or(0, |purged| purged.index.saturating_add(1));
-        if let Some((first, _)) = entries.filter(|(first, _)| *first > begin) {
-            return Err(DbError::Corrupt(format!("the log of shard {shard} lacks entries {begin}..{first}")));
+        // A snapshot is in the state before the purge up to it is in the log.
+        let covered = purged.max(applied).map_or(0, |id| id.index.saturating_add(1));
+        if let Some((first, _)) = entries.filter(|(first, _)| *first > covered) {
+            return Err(DbError::Corrupt(format!("the log of shard {shard} lacks entries {covered}..{first}")));
         }
+        let begin =
+            entries.map_or(0, |(first, _)| first).max(purged.map_or(0, |purged| purged.index.saturating_add(1)));
         // The note rides behind its entries, in the same batch or a later one.
         if let Some(committed) = committed.filter(|committed| Some(*committed) > last.max(applied)) {
             let what = format!("the log of shard {shard} ends at {last:?}, though {committed} was committed");

@@ -77,3 +77,24 @@ impl Observer for Agreement {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use stentor_proto::ids::{BrokerId, Incarnation};
+
+    use super::*;
+
+    #[test]
+    fn one_leader_in_a_term() {
+        let (agreement, shard) = (Agreement::new(Trace::new(false)), ShardId(1));
+        let replica = |broker| ReplicaId { broker: BrokerId(broker), incarnation: Incarnation(1) };
+        agreement.leads(shard, replica(1), 3);
+        agreement.leads(shard, replica(1), 3);
+        agreement.leads(ShardId(2), replica(2), 3);
+        agreement.leads(shard, replica(2), 4);
+        assert_eq!(agreement.problems(), Vec::<String>::new());
+        agreement.leads(shard, replica(2), 3);
+        let problems = agreement.problems();
+        assert!(problems.len() == 1 && problems[0].starts_with("leaders: term 3 of shard 1"), "{problems:?}");
+    }
+}

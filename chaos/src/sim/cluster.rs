@@ -37,6 +37,8 @@ const TOKEN_S: u64 = 7 * 24 * 3_600;
 
 /// How long a disk that was told to fail may take to be used.
 const DISK_PATIENCE: Duration = Duration::from_secs(5);
+/// How soon a broker must have stopped after that.
+const STOPS_WITHIN: Duration = Duration::from_secs(1);
 /// How often it is looked whether a broker has stopped.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -241,29 +243,43 @@ impl Cluster {
         self.problem(format!("broker {n} does not start: {error}"));
     }
 
-    /// Lets an operation of a broker's disk fail. True when the broker has stopped of it, or did not start; false when
-    /// that did not happen within a while.
+    /// Lets an operation of a broker's disk fail. True when the broker has stopped of it; false when nothing came of it
+    /// within a while. A broker that goes on with a disk that has failed is a problem.
     pub(super) async fn fail_disk(&self, n: usize, operation: u64, error: DiskError) -> bool {
-        let begun = {
+        let Some((disk, life, due)) = ({
             let mut brokers = self.0.brokers.lock();
-            let Some(place) = brokers.get_mut(n).filter(|place| !place.failing) else { return false };
-            place.failing = true;
-            place.disk.fail_at(operation, error);
-            place.disk.clone()
+            brokers.get_mut(n).filter(|place| !place.failing).map(|place| {
+                place.failing = true;
+                place.disk.fail_at(operation, error);
+                (place.disk.clone(), place.life, place.disk.operations() + operation)
+            })
+        }) else {
+            return false;
         };
-        let until = tokio::time::Instant::now() + DISK_PATIENCE;
-        let mut failed = false;
+        let mut until = tokio::time::Instant::now() + DISK_PATIENCE;
+        let (mut failed, mut hit) = (false, false);
         while !failed && tokio::time::Instant::now() < until {
             tokio::time::sleep(LOOK).await;
-            let brokers = self.0.brokers.lock();
-            let place = brokers.get(n);
-            failed = place.and_then(|place| place.running.as_ref()).is_some_and(|broker| broker.failure().is_some());
+            if !hit && disk.operations() >= due {
+                (hit, until) = (true, tokio::time::Instant::now() + STOPS_WITHIN);
+            }
+            failed = self.has_failed(n);
         }
-        begun.heal();
+        disk.heal();
+        let mut goes_on = false;
         if let Some(place) = self.0.brokers.lock().get_mut(n) {
             place.failing = false;
+            goes_on = hit && !failed && place.life == life && life % 2 == 1;
+        }
+        if goes_on {
+            self.problem(format!("broker {n} goes on though operation {operation} of its disk failed"));
         }
         failed
+    }
+
+    fn has_failed(&self, n: usize) -> bool {
+        let brokers = self.0.brokers.lock();
+        brokers.get(n).and_then(|place| place.running.as_ref()).is_some_and(|broker| broker.failure().is_some())
     }
 
     /// Puts an empty disk in the place of a broker's, unless it runs.
