@@ -90,7 +90,11 @@ async fn take(hosted: Arc<HostedShard>, step: Step, seen: Option<RaftLogId>) -> 
     let changed = hosted.raft.change_membership_if(change, false, [unchanged]);
     match tokio::time::timeout(STEP_PATIENCE, changed).await {
         Ok(Ok(_)) => tracing::info!(shard = %hosted.shard, ?step, "members changed"),
-        Ok(Err(error)) => tracing::debug!(shard = %hosted.shard, ?step, %error, "members did not change"),
+        Ok(Err(error)) => {
+            tracing::debug!(shard = %hosted.shard, ?step, %error, "members did not change");
+            // Refused at once, as long as an earlier change is not committed: to ask again at once would be a busy loop.
+            tokio::time::sleep(ROUND).await;
+        }
         Err(_) => tracing::warn!(shard = %hosted.shard, ?step, "no quorum for a change of members yet"),
     }
     hosted.shard
