@@ -93,6 +93,10 @@ pub(crate) async fn open(
     let hosted = HostedShard { shard, own, raft, reader, slots, voted_before, leadership, proposer, effects };
     let hosted = Arc::new(hosted);
     node.host(hosted.clone());
+    if node.links.replaced.has(shard) {
+        // Told while it was being opened: whoever looked for it then did not find it.
+        hosted.raft.runtime_config().elect(false);
+    }
     node.spawn(outbox::run(node.clone(), hosted.clone(), hints));
     Ok(hosted)
 }

@@ -21,7 +21,7 @@ use stentor_proto::{
 };
 use stentor_raft_store::{Identity, META_SLOTS};
 
-use crate::{host, meta, node::Node, reads, replaced, router, shard::HostedShard};
+use crate::{hand_over, host, meta, node::Node, reads, replaced, router, shard::HostedShard};
 
 /// How long another broker may take to say who it is.
 const ASK_PATIENCE: Duration = Duration::from_secs(2);
@@ -330,10 +330,14 @@ async fn begin_meta(node: &Arc<Node>, hosted: &HostedShard, identity: &Identity)
 async fn announce(node: &Node, own: ReplicaId, cluster_id: &str) {
     let mut strangers: BTreeSet<BrokerId> = others(node).collect();
     loop {
+        let mut superseded = false;
         for (peer, told) in ask_all(node).await {
             let Some(told) = told.filter(|told| told.answer.cluster_id == cluster_id) else { continue };
-            if told.current > own.incarnation && node.links.replaced.note_all(told.replaced, told.current) {
-                replaced::warn(own, told.current);
+            if told.current > own.incarnation {
+                superseded = true;
+                if node.links.replaced.note_all(told.replaced, told.current) {
+                    replaced::warn(own, told.current);
+                }
             }
             if told.current == own.incarnation {
                 strangers.remove(&peer);
@@ -343,6 +347,11 @@ async fn announce(node: &Node, own: ReplicaId, cluster_id: &str) {
             if told.current > Incarnation(0) && told.current < own.incarnation {
                 take_places(node, peer, own, cluster_id).await;
             }
+        }
+        if superseded {
+            // It votes as long as its vote is needed. As the leader it would be in the way: the newer directory may stand
+            // at its address, where nobody reaches this one, and only a leader that reaches the newer one lets it in.
+            hand_over::all(node).await;
         }
         if !pause(node, if strangers.is_empty() { AGAIN_RARELY } else { AGAIN_LATER }).await {
             return;

@@ -11,6 +11,7 @@ mod config;
 mod effects;
 mod environment;
 mod gateway_service;
+mod hand_over;
 mod host;
 mod interest;
 mod join;

@@ -9,18 +9,17 @@ use std::{
     time::Duration,
 };
 
-use openraft::{Instant as _, alias::SerdeInstantOf, async_runtime::WatchReceiver};
 use stentor_engine::limits;
 use stentor_proto::{
     DESCRIPTORS,
-    ids::{BrokerId, ReplicaId},
+    ids::BrokerId,
     internal::{broker_server::BrokerServer, peer_server::PeerServer},
     v1::{
         admin_server::AdminServer, conversations_server::ConversationsServer, messages_server::MessagesServer,
         users_server::UsersServer,
     },
 };
-use stentor_raft_store::{Identity, OpenError, Store, types::TypeConfig};
+use stentor_raft_store::{Identity, OpenError, Store};
 use stentor_transport::{
     Listener,
     bind::BindError,
@@ -39,14 +38,12 @@ use crate::{
     effects::Hook,
     environment::Environment,
     gateway_service::{self, GatewayService},
-    join, membership,
+    hand_over, join, membership,
     metrics::Metrics,
     network::{Links, server::PeerService},
     node::{Node, NodeParts},
     pulse,
-    raft::LEASE,
     router::Peers,
-    shard::HostedShard,
     upkeep,
 };
 
@@ -260,17 +257,6 @@ fn run<E: std::fmt::Display>(
     });
 }
 
-/// A voter that has answered lately; different ones for different shards, so that none gets everything.
-fn successor(hosted: &HostedShard) -> Option<ReplicaId> {
-    let metrics = hosted.raft.metrics().borrow_watched().clone();
-    let heard = metrics.heartbeat?;
-    let lately = |at: &Option<_>| at.as_ref().is_some_and(|at: &SerdeInstantOf<TypeConfig>| at.elapsed() < LEASE);
-    let voters: Vec<_> = metrics.membership_config.voter_ids().collect();
-    let there = heard.iter().filter(|(id, at)| **id != hosted.own && voters.contains(id) && lately(at));
-    let there: Vec<_> = there.map(|(id, _)| *id).collect();
-    there.get(hosted.shard.0 as usize % there.len().max(1)).copied()
-}
-
 impl Broker {
     /// Where it listens.
     pub fn addresses(&self) -> Addresses {
@@ -327,15 +313,9 @@ impl Broker {
 
     /// Hands its shards over to others as far as they take them, then stops as [`Self::halt`] does.
     pub async fn shutdown(self) {
-        let led = || self.node.all_hosted().into_iter().filter(|hosted| hosted.leadership().leads);
-        for hosted in led() {
-            if let Some(successor) = successor(&hosted) {
-                // An error means that the replica has stopped.
-                let _ = hosted.raft.trigger().transfer_leader(successor).await;
-            }
-        }
+        hand_over::all(&self.node).await;
         let handed_over = async {
-            while led().next().is_some() {
+            while hand_over::led(&self.node).next().is_some() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };

@@ -63,7 +63,7 @@ fn heal(cluster: &Brokers, broker: &str, group: &str) {
     // As often as it is started: the damage is there to stay.
     let again = cluster.run(&["cluster", "start", broker], b"");
     assert!(again.code != 0 && again.stderr.contains("DAMAGED"), "{}", again.stderr);
-    assert!(again.stderr.contains("delete the directory"), "{}", again.stderr);
+    assert!(again.stderr.contains("put the directory aside"), "{}", again.stderr);
     cluster.wipe(broker);
     cluster.node("start", broker);
     cluster.verified(ALL_SHARDS);

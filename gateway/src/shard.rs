@@ -424,7 +424,8 @@ impl Shard {
                 Ok(Reply::Outcome(Outcome::from_proto(&outcome)))
             }
             Some(proposed::Result::Refusal(refusal)) => Err(refusal),
-            None => Err(Reason::Internal.refusal()),
+            // An answer that this version does not know is none.
+            None => Err(Reason::OutcomeUnknown.refusal()),
         };
         if let Some(Answered { tag: ticket, doubt }) = self.pipe.answered(done.id) {
             ticket.answer(result.map_err(|refusal| if doubt { Reason::OutcomeUnknown.refusal() } else { refusal }));

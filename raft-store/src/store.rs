@@ -93,7 +93,8 @@ pub struct Identity {
 }
 
 /// What to do with a damaged directory, for people.
-pub const REBUILD: &str = "delete the directory and start again: it joins empty, and gets its replicas from the others";
+pub const REBUILD: &str =
+    "put the directory aside and start again: it joins empty, and gets its replicas from the others";
 
 /// Why a directory cannot be opened. Nothing in it was changed.
 #[derive(Debug, Error)]

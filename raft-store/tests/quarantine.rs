@@ -76,7 +76,7 @@ enum Found {
 /// Damage was published, and the directory does not open again, for the same reason.
 fn is_condemned(dir: &Path, failure: Option<Failure>, what: &str) {
     let failure = failure.unwrap_or_else(|| panic!("{what}: the store goes on")).what;
-    assert!(failure.starts_with("DAMAGED: ") && failure.contains("delete the directory"), "{what}: {failure}");
+    assert!(failure.starts_with("DAMAGED: ") && failure.contains("put the directory aside"), "{what}: {failure}");
     match open(config(dir), Arc::new(Quiet)) {
         Err(error @ OpenError::Corrupt { .. }) => assert_eq!(error.to_string(), failure, "{what}"),
         other => panic!("{what}: it opens again: {:?}", other.map(drop)),

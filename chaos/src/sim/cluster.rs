@@ -69,6 +69,8 @@ struct BrokerPlace {
     life: u64,
     /// Its disk was told to fail: then it need not start.
     failing: bool,
+    /// The life in which its disk failed as it was told: then it has to stop.
+    excused: Option<u64>,
     /// The seed of its next disk.
     disks: u64,
 }
@@ -109,6 +111,7 @@ impl Cluster {
             running: None,
             life: 0,
             failing: false,
+            excused: None,
             disks: seed.wrapping_mul(37).wrapping_add(n as u64),
         };
         let cluster = Self(Arc::new(Inner {
@@ -269,7 +272,10 @@ impl Cluster {
         let mut goes_on = false;
         if let Some(place) = self.0.brokers.lock().get_mut(n) {
             place.failing = false;
-            goes_on = hit && !failed && place.life == life && life % 2 == 1;
+            goes_on = hit && !failed && place.life == life && place.running.is_some();
+            if failed && hit && place.life == life {
+                place.excused = Some(life);
+            }
         }
         if goes_on {
             self.problem(format!("broker {n} goes on though operation {operation} of its disk failed"));
@@ -300,19 +306,33 @@ impl Cluster {
                 Death::Power => place.disk.cut_power(),
                 Death::Process => place.disk.kill_process(),
             }
-            place.running.take()
+            let life = place.life - 1;
+            let excused = place.failing || place.excused == Some(life);
+            place.running.take().map(|broker| (broker, excused))
         };
         self.0.network.kill(Self::broker_ip(n), death);
-        if let Some(broker) = running {
+        if let Some((broker, excused)) = running {
+            self.judge(n, &broker, excused);
             // What is left of it can neither speak nor write: it only has to let go.
             tokio::spawn(broker.halt());
         }
     }
 
+    /// A broker that gave up without a fault of its disk has found something that must not be, before it was ended.
+    fn judge(&self, n: usize, broker: &Broker, excused: bool) {
+        if let Some(what) = broker.failure().filter(|_| !excused) {
+            self.problem(format!("broker {n} had stopped by itself: {what}"));
+        }
+    }
+
     /// Stops a broker in good order: it hands over what it leads.
     pub(super) async fn stop_broker(&self, n: usize) {
-        let asked = self.0.brokers.lock().get_mut(n).and_then(|place| Some((place.life, place.running.take()?)));
-        let Some((life, broker)) = asked else { return };
+        let asked = self.0.brokers.lock().get_mut(n).and_then(|place| {
+            let excused = place.failing || place.excused == Some(place.life);
+            Some((place.life, place.running.take()?, excused))
+        });
+        let Some((life, broker, excused)) = asked else { return };
+        self.judge(n, &broker, excused);
         broker.shutdown().await;
         let still_it = {
             let mut brokers = self.0.brokers.lock();

@@ -152,6 +152,12 @@ fn absent(cluster: &StatusResponse, reports: &Reports) -> Vec<Problem> {
     let mut problems = Vec::new();
     for shard in cluster.shards.iter() {
         let reported = reports.get(&shard.shard);
+        if (shard.voter_ids.len(), shard.learner_ids.len()) != (shard.voters.len(), shard.learners.len()) {
+            let what =
+                "its members' numbers are not told, by a broker of an older version: what is missing cannot be known";
+            let (kind, node) = ("unreachable".into(), shard.leader.clone());
+            problems.push(Problem { kind, node, shard: shard.shard, what: what.into() });
+        }
         let members = shard.voter_ids.iter().zip(&shard.voters).chain(shard.learner_ids.iter().zip(&shard.learners));
         for (broker, node) in members {
             if !reported.is_some_and(|replicas| replicas.contains_key(broker)) {

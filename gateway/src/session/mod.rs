@@ -43,6 +43,8 @@ use streams::Streams;
 const BURST_FRAMES: usize = 64;
 /// Until the device opened its stream and said hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Chunks for which a session keeps room when it has nothing to write.
+const IDLE_CHUNKS: usize = 4;
 /// How long a refused device may take to read why.
 const LINGER: Duration = Duration::from_secs(1);
 
@@ -117,6 +119,7 @@ impl Session {
         loop {
             self.settle();
             batch.retain(|chunk: &Bytes| !chunk.is_empty());
+            batch.shrink_to(IDLE_CHUNKS);
             if batch.is_empty() && !writing {
                 self.out.fill(&mut batch);
             }

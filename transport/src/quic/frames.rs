@@ -164,6 +164,9 @@ impl FrameReader {
     }
 }
 
+/// Chunks for which a writer keeps room when it has nothing to write.
+const IDLE_CHUNKS: usize = 4;
+
 /// The sending half of a stream. Dropping it finishes the stream without waiting.
 #[derive(Debug)]
 pub struct FrameWriter {
@@ -226,6 +229,8 @@ impl FrameWriter {
                 }
             }
         }
+        // Nearly all connections are idle: the room of their longest burst would stay with each.
+        self.pending.shrink_to(IDLE_CHUNKS);
         Ok(())
     }
 }
