@@ -221,10 +221,6 @@ impl Drop for Handshake {
     }
 }
 
-fn segmentation_offload() -> bool {
-    std::env::var("NOGSO").is_err()
-}
-
 fn transport(limits: &QuicLimits) -> TransportConfig {
     let mut transport = TransportConfig::default();
     transport
@@ -235,9 +231,6 @@ fn transport(limits: &QuicLimits) -> TransportConfig {
         .send_window(limits.send_bytes.into())
         .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT_MS))))
         .datagram_receive_buffer_size(None);
-    if !segmentation_offload() {
-        transport.enable_segmentation_offload(false);
-    }
     transport
 }
 
