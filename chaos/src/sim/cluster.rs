@@ -273,8 +273,9 @@ impl Cluster {
         if let Some(place) = self.0.brokers.lock().get_mut(n) {
             place.failing = false;
             goes_on = hit && !failed && place.life == life && place.running.is_some();
-            if failed && hit && place.life == life {
-                place.excused = Some(life);
+            if hit {
+                // Of this life: a broker that was down when its disk was told to fail has met it at its start.
+                place.excused = Some(place.life);
             }
         }
         if goes_on {

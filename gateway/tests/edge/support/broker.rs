@@ -40,7 +40,7 @@ pub(crate) struct Script {
     pub(crate) stuck_in: Option<String>,
     /// Refuses every proposal for this reason, before anything happens.
     pub(crate) refuse_proposals: Option<Reason>,
-    /// Refuses interest in this conversation for now.
+    /// Refuses interest in this conversation, retryably.
     pub(crate) refuse_interest_in: Option<String>,
 }
 
