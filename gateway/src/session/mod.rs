@@ -119,11 +119,14 @@ impl Session {
         loop {
             self.settle();
             batch.retain(|chunk: &Bytes| !chunk.is_empty());
-            batch.shrink_to(IDLE_CHUNKS);
             if batch.is_empty() && !writing {
                 self.out.fill(&mut batch);
             }
             let busy = writing || !batch.is_empty();
+            if !busy {
+                batch.shrink_to(IDLE_CHUNKS);
+                writer.rest();
+            }
             if self.ending.is_some_and(|until_ms| !busy || until_ms <= self.core.now_ms()) {
                 break;
             }

@@ -188,6 +188,12 @@ impl FrameWriter {
         self.flush().await
     }
 
+    /// There is nothing more to write soon. Nearly all connections are idle, and the room of its longest burst would stay
+    /// with each.
+    pub fn rest(&mut self) {
+        self.pending.shrink_to(IDLE_CHUNKS);
+    }
+
     /// Ends the stream and waits up to 3 s until the other side has everything (or has gone).
     pub async fn finish(&mut self) {
         let finish = async {
@@ -229,8 +235,6 @@ impl FrameWriter {
                 }
             }
         }
-        // Nearly all connections are idle: the room of their longest burst would stay with each.
-        self.pending.shrink_to(IDLE_CHUNKS);
         Ok(())
     }
 }
