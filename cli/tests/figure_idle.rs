@@ -15,7 +15,7 @@ use std::{
 
 use futures_util::{StreamExt, stream};
 use stentor_client::{ClientTls, ConversationId, Create, UserId};
-use stentor_proto::v1;
+use stentor_proto::{frame::ServerFrame, v1};
 use support::{
     DEADLINE,
     device::{Device, hello, resume},
@@ -27,9 +27,12 @@ const DEVICES: usize = 1_000;
 /// Devices of one conversation.
 const TOGETHER: usize = 10;
 /// Conversations of one device, one run each; the differences are what a (device, conversation) costs.
-const RUNS: [usize; 3] = [5, 50, 200];
+const RUNS: [usize; 3] = [5, 50, 100];
 /// All of them.
 const MANY: usize = RUNS[RUNS.len() - 1];
+/// Frames that a device and its server exchange before they are idle, one by one: quinn keeps more for a connection on
+/// which some dozens of packets came than for a new one, and that is nobody's conversation.
+const TALK: u64 = 64;
 /// Connections that are made at the same time.
 fn connecting() -> usize {
     std::env::var("STENTOR_FIGURE_CONNECTING").map_or(16, |count| count.parse().unwrap())
@@ -82,7 +85,15 @@ async fn idle(cluster: &Processes, n: usize, own: &[String]) -> Device {
     let resumed = device.resumed().await;
     assert_eq!((resumed.states.len(), resumed.came.len()), (own.len(), 0));
     assert!(resumed.states.values().all(|state| state.refusal.is_none() && state.head == 11));
+    talk_a_while(&mut device).await;
     device
+}
+
+async fn talk_a_while(device: &mut Device) {
+    for token in 0..TALK {
+        device.send(v1::Ping { token }).await;
+        device.next().await;
+    }
 }
 
 /// Memory when it has stopped changing: after a burst a process gives some back.
@@ -103,17 +114,30 @@ fn settled(pid: u32) -> Memory {
 fn per(what: &str, before: Memory, after: Memory, count: usize) -> f64 {
     let each = |a: u64, b: u64| (a as f64 - b as f64) / count as f64;
     let anonymous = each(after.anonymous, before.anonymous);
-    println!("{what}: {:.0} B resident each, {anonymous:.0} B of it anonymous", each(after.resident, before.resident));
+    println!("{what}: {:.1} B resident each, {anonymous:.1} B of it anonymous", each(after.resident, before.resident));
     anonymous
 }
 
-async fn idle_gateway(cluster: &Processes, of: &[Vec<String>], each: usize) -> (Memory, f64) {
+/// The device follows these conversations too, one after the other: what a resume leaves behind at the gateway beside
+/// the index (a longer burst) is not in what they cost.
+async fn follow(mut device: Device, more: &[String]) -> Device {
+    for talk in more {
+        device.send(v1::Subscribe { conversation: talk.clone(), from_head: true, after_seq: 0 }).await;
+        let ServerFrame::ConversationState(state) = device.next().await else { panic!("no state of {talk}") };
+        assert_eq!((state.refusal, state.head), (None, 11));
+    }
+    device
+}
+
+/// A restarted gateway with all devices, and what each connection costs. `then` more conversations are followed at the
+/// end, and what each of those costs is printed.
+async fn idle_gateway(cluster: &Processes, of: &[Vec<String>], each: usize, then: usize) -> (Memory, f64) {
     cluster.run(&["cluster", "stop", "gateway-1"], b"").well();
     cluster.run(&["cluster", "start", "gateway-1"], b"").well();
     let pid = cluster.pid("gateway-1");
     let before = settled(pid);
-    let devices: Vec<Device> = stream::iter(of.iter().enumerate())
-        .map(|(n, own)| idle(cluster, n, &own[..each]))
+    let devices: Vec<(usize, Device)> = stream::iter(of.iter().enumerate())
+        .map(|(n, own)| async move { (n, idle(cluster, n, &own[..each]).await) })
         .buffer_unordered(connecting())
         .collect()
         .await;
@@ -125,8 +149,16 @@ async fn idle_gateway(cluster: &Processes, of: &[Vec<String>], each: usize) -> (
         after.anonymous >> 10,
         devices.len()
     );
-    let each = per(&format!("gateway, connection with {each} conversations"), before, after, DEVICES);
-    (after, each)
+    let connection = per(&format!("gateway, connection with {each} conversations"), before, after, DEVICES);
+    if then > 0 {
+        let more = devices.into_iter().map(|(n, device)| follow(device, &of[n][each..each + then]));
+        let devices: Vec<Device> = stream::iter(more).buffer_unordered(connecting()).collect().await;
+        let all = devices.len() * (each + then);
+        cluster.until("gateway-1", "stentor_gateway_resting_subscriptions", |n| n as usize == all).await;
+        let what = format!("(device, conversation), {then} more than {each} followed one by one");
+        per(&what, after, settled(pid), DEVICES * then);
+    }
+    (after, connection)
 }
 
 /// The bare server of `transport/examples`, beside the binary.
@@ -154,8 +186,7 @@ impl Bare {
         // As large as a real greeting, so that the same buffers were used once.
         device.send(hello(token, [n as u8; 16])).await;
         device.next().await;
-        device.send(v1::Ping { token: n as u64 }).await;
-        device.next().await;
+        talk_a_while(&mut device).await;
         device
     }
 }
@@ -187,7 +218,8 @@ async fn memory_of_idle_devices() {
     let bare = bare(&cluster).await;
     let mut last: Option<(usize, Memory)> = None;
     for each in RUNS {
-        let (memory, connection) = idle_gateway(&cluster, &of, each).await;
+        let then = if each == RUNS[0] { MANY - each } else { 0 };
+        let (memory, connection) = idle_gateway(&cluster, &of, each, then).await;
         println!("over bare with {each} conversations: {:.2}", connection / bare);
         if let Some((fewer, before)) = last.replace((each, memory)) {
             per(&format!("(device, conversation), {fewer} to {each}"), before, memory, DEVICES * (each - fewer));

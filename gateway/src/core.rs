@@ -205,7 +205,7 @@ impl Core {
         &self,
         shard: ShardId,
         app: &AppId,
-        topic: &Topic,
+        topic: Topic<'_>,
         session: SessionPlace,
         inbox: &Inbox,
     ) -> Option<Place> {

@@ -12,7 +12,7 @@ use stentor_engine::{
 use stentor_proto::{
     Bytes,
     frame::ServerFrame,
-    ids::{AppId, ConversationId, Seq, UserId},
+    ids::{AppId, Seq},
     internal,
     v1::{self, Refusal, item},
 };
@@ -27,29 +27,11 @@ use crate::{
 pub(crate) type Slot = u32;
 
 /// What can be watched.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Topic {
-    /// The events of a conversation.
-    Conversation(ConversationId),
-    /// The head of a user's own stream.
-    User(UserId),
-}
-
-impl Topic {
-    fn as_ref(&self) -> TopicRef<'_> {
-        match self {
-            Self::Conversation(id) => TopicRef::Conversation(id.as_str()),
-            Self::User(id) => TopicRef::User(id.as_str()),
-        }
-    }
-}
-
-/// A [`Topic`] that does not own its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum TopicRef<'a> {
-    /// See [`Topic`].
+pub(crate) enum Topic<'a> {
+    /// The events of the conversation with this id.
     Conversation(&'a str),
-    /// See [`Topic`].
+    /// The head of this user's own stream.
     User(&'a str),
 }
 
@@ -89,17 +71,73 @@ impl Place {
 
 /// One topic. There are many of them: every byte counts.
 struct Watched {
-    topic: Topic,
-    watchers: Vec<SessionPlace>,
+    /// The conversation's or the user's: a copy of its own, since sharing it costs more bytes than it saves.
+    id: Box<str>,
+    watchers: Watchers,
     told: Told,
     /// Place in [`Fanout::apps`].
     app: u16,
     /// Registrations on the present route without an answer.
     asked: u16,
+    /// A user's own stream, not a conversation.
+    is_user: bool,
     /// The present leader has registered the interest.
     registered: bool,
     /// Refused for good: no longer in the index, and only here until its sessions have heard of it.
     refused: bool,
+}
+
+/// The sessions that watch one topic, in no order. Less than a `Vec`, since there are many of them.
+#[derive(Default)]
+struct Watchers(Box<[SessionPlace]>);
+
+impl Watchers {
+    /// Fills up the list. No session has this place.
+    const NOBODY: SessionPlace = SessionPlace::MAX;
+
+    /// Those of the sessions, and at the end perhaps some of nobody.
+    fn places(&self) -> &[SessionPlace] {
+        &self.0
+    }
+
+    fn len(&self) -> usize {
+        // Everybody stands before nobody.
+        self.0.partition_point(|&place| place != Self::NOBODY)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.first().is_none_or(|&first| first == Self::NOBODY)
+    }
+
+    fn push(&mut self, session: SessionPlace) {
+        let len = self.len();
+        if len == self.0.len() {
+            let mut list = std::mem::take(&mut self.0).into_vec();
+            grow(&mut list);
+            list.resize(list.capacity(), Self::NOBODY);
+            self.0 = list.into_boxed_slice();
+        }
+        if let Some(place) = self.0.get_mut(len) {
+            *place = session;
+        }
+    }
+
+    fn remove(&mut self, session: SessionPlace) {
+        let Some(last) = self.len().checked_sub(1) else { return };
+        if let Some(at) = self.0.iter().position(|&place| place == session) {
+            self.0.swap(at, last);
+            self.0[last] = Self::NOBODY;
+        }
+    }
+}
+
+#[cfg(target_pointer_width = "64")]
+const _: () = assert!(size_of::<Option<Watched>>() == 48);
+
+impl Watched {
+    fn topic(&self) -> Topic<'_> {
+        if self.is_user { Topic::User(&self.id) } else { Topic::Conversation(&self.id) }
+    }
 }
 
 /// Live events that cannot be used: their broker's fault.
@@ -150,36 +188,39 @@ impl Fanout {
     }
 
     /// Adds a session. It is told at once if the interest is registered already.
-    pub(crate) fn watch(&mut self, app: &AppId, topic: &Topic, session: SessionPlace, inbox: &Inbox) -> Begun {
+    pub(crate) fn watch(&mut self, app: &AppId, topic: Topic<'_>, session: SessionPlace, inbox: &Inbox) -> Begun {
         let shard = self.shard;
-        if let Some(slot) = self.find(app.as_str(), topic.as_ref())
+        if let Some(slot) = self.find(app.as_str(), topic)
             && let Some(Some(watched)) = self.watched.get_mut(slot as usize)
         {
             if watched.registered {
                 let upto = watched.told.upto();
                 inbox.head(Place::new(shard, slot), HeadNews::new(upto, upto, true));
             }
-            grow(&mut watched.watchers);
             watched.watchers.push(session);
             return Begun::Joined(slot);
         }
         let (Some(app_place), Some(slot)) = (self.app(app), self.take_slot()) else { return Begun::Full };
-        let mut watchers = Vec::new();
-        grow(&mut watchers);
+        let mut watchers = Watchers::default();
         watchers.push(session);
+        let (is_user, id) = match topic {
+            Topic::Conversation(id) => (false, id),
+            Topic::User(id) => (true, id),
+        };
         let watched = Watched {
-            topic: topic.clone(),
+            id: id.into(),
             watchers,
             told: Told::default(),
             app: app_place,
             asked: 0,
+            is_user,
             registered: false,
             refused: false,
         };
         if let Some(place) = self.watched.get_mut(slot as usize) {
             *place = Some(watched);
         }
-        let hash = self.hash(app.as_str(), topic.as_ref());
+        let hash = self.hash(app.as_str(), topic);
         let Self { index, hasher, watched, apps, .. } = self;
         index.insert_unique(hash, slot, |&slot| hash_of(hasher, watched, apps, slot));
         Begun::New(slot)
@@ -188,7 +229,7 @@ impl Fanout {
     /// Removes a session. The name of the topic when nobody watches it any more and interest must be dropped.
     pub(crate) fn unwatch(&mut self, slot: Slot, session: SessionPlace) -> Option<Named> {
         let watched = self.watched.get_mut(slot as usize)?.as_mut()?;
-        watched.watchers.retain(|&watcher| watcher != session);
+        watched.watchers.remove(session);
         if !watched.watchers.is_empty() {
             return None;
         }
@@ -216,17 +257,17 @@ impl Fanout {
     }
 
     /// Where a topic stands in the index.
-    pub(crate) fn find(&self, app: &str, topic: TopicRef<'_>) -> Option<Slot> {
+    pub(crate) fn find(&self, app: &str, topic: Topic<'_>) -> Option<Slot> {
         let is_it = |&slot: &Slot| {
-            let watched = self.get(slot).filter(|watched| watched.topic.as_ref() == topic);
+            let watched = self.get(slot).filter(|watched| watched.topic() == topic);
             watched.and_then(|watched| self.app_of(watched)).is_some_and(|of| of.as_str() == app)
         };
         self.index.find(self.hash(app, topic), is_it).copied()
     }
 
     /// The conversation of a slot.
-    pub(crate) fn conversation(&self, slot: Slot) -> Option<&ConversationId> {
-        match &self.get(slot)?.topic {
+    pub(crate) fn conversation(&self, slot: Slot) -> Option<&str> {
+        match self.get(slot)?.topic() {
             Topic::Conversation(id) => Some(id),
             Topic::User(_) => None,
         }
@@ -237,9 +278,9 @@ impl Fanout {
         let Some(watched) = self.get(slot) else { return Named::default() };
         let app = self.app_of(watched).map(AppId::as_str).unwrap_or_default();
         let named = Named { app: app.into(), ..Named::default() };
-        match &watched.topic {
-            Topic::Conversation(id) => Named { conversation: id.as_str().into(), ..named },
-            Topic::User(id) => Named { user: id.as_str().into(), ..named },
+        match watched.topic() {
+            Topic::Conversation(id) => Named { conversation: id.into(), ..named },
+            Topic::User(id) => Named { user: id.into(), ..named },
         }
     }
 
@@ -286,7 +327,7 @@ impl Fanout {
         let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return };
         watched.registered = true;
         let (place, news) = (Place::new(self.shard, slot), HeadNews::new(head, watched.told.tell(head), true));
-        sessions.all(&watched.watchers).for_each(|inbox| inbox.head(place, news));
+        sessions.all(watched.watchers.places()).for_each(|inbox| inbox.head(place, news));
     }
 
     /// The leader refused the interest for good: whoever comes next asks anew. The slot stays taken until all sessions
@@ -296,27 +337,27 @@ impl Fanout {
         let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return };
         watched.refused = true;
         let place = Place::new(self.shard, slot);
-        sessions.all(&watched.watchers).for_each(|inbox| inbox.refused(place, refusal.clone()));
+        sessions.all(watched.watchers.places()).for_each(|inbox| inbox.refused(place, refusal.clone()));
     }
 
     /// A topic's head is at least this.
     pub(crate) fn head(&mut self, hint: &internal::HeadHint, sessions: &Places) {
         let topic = match hint.user.as_str() {
-            "" => TopicRef::Conversation(&hint.conversation),
-            user => TopicRef::User(user),
+            "" => Topic::Conversation(&hint.conversation),
+            user => Topic::User(user),
         };
         let Some(slot) = self.find(&hint.app, topic) else { return };
         let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return };
         let head = Seq(hint.head);
         let (place, news) = (Place::new(self.shard, slot), HeadNews::new(head, watched.told.tell(head), false));
         if news.holds_back() {
-            sessions.all(&watched.watchers).for_each(|inbox| inbox.head(place, news));
+            sessions.all(watched.watchers.places()).for_each(|inbox| inbox.head(place, news));
         }
     }
 
     /// Carries a live push to all sessions that watch its conversation.
     pub(crate) fn live(&mut self, live: internal::Live, around: &Around<'_>) -> Result<(), BadLive> {
-        let topic = TopicRef::Conversation(&live.conversation);
+        let topic = Topic::Conversation(&live.conversation);
         let Some(slot) = self.find(&live.app, topic) else { return Ok(()) };
         let Some(Some(watched)) = self.watched.get_mut(slot as usize) else { return Ok(()) };
         around.metrics.live_events.inc_by(live.records.len() as u64);
@@ -328,7 +369,7 @@ impl Fanout {
             let run = run_of_records(part).map_err(|error| BadLive { slot, error })?;
             let before = watched.told.tell(run.last);
             let push = Arc::new(encode(&live.conversation, part, run, before));
-            for inbox in sessions.all(&watched.watchers) {
+            for inbox in sessions.all(watched.watchers.places()) {
                 if !inbox.push(place, &push) {
                     around.metrics.dropped_pushes.inc();
                 }
@@ -372,13 +413,13 @@ impl Fanout {
     fn unlink(&mut self, slot: Slot) {
         let Some(watched) = self.get(slot) else { return };
         let app = self.app_of(watched).map(AppId::as_str).unwrap_or_default();
-        let hash = self.hash(app, watched.topic.as_ref());
+        let hash = self.hash(app, watched.topic());
         if let Ok(entry) = self.index.find_entry(hash, |&other| other == slot) {
             entry.remove();
         }
     }
 
-    fn hash(&self, app: &str, topic: TopicRef<'_>) -> u64 {
+    fn hash(&self, app: &str, topic: Topic<'_>) -> u64 {
         self.hasher.hash_one((app, topic))
     }
 }
@@ -387,7 +428,7 @@ fn hash_of(hasher: &DefaultHashBuilder, watched: &[Option<Watched>], apps: &[App
     // Only slots that are taken stand in the index.
     let Some(Some(watched)) = watched.get(slot as usize) else { return 0 };
     let app = apps.get(usize::from(watched.app)).map(AppId::as_str).unwrap_or_default();
-    hasher.hash_one((app, watched.topic.as_ref()))
+    hasher.hash_one((app, watched.topic()))
 }
 
 /// Room for one more, and for an eighth on top: doubling would leave half of a large gateway's memory unused.

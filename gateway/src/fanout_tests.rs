@@ -40,8 +40,8 @@ impl World {
     }
 
     fn watch(&mut self, conversation: &str, (session, inbox): &(SessionPlace, Arc<Inbox>)) -> Begun {
-        let topic = Topic::Conversation(ConversationId::new(conversation).unwrap());
-        self.fanout.watch(&self.app, &topic, *session, inbox)
+        let topic = Topic::Conversation(conversation);
+        self.fanout.watch(&self.app, topic, *session, inbox)
     }
 
     fn live(&mut self, records: Vec<Bytes>) -> Result<(), BadLive> {
@@ -139,7 +139,7 @@ fn a_refused_interest_leaves_its_slot_and_strands_nobody() {
     let [session, next] = world.sessions();
     for _ in 0..1_000 {
         assert!(matches!(world.watch("nowhere", &session), Begun::New(_)), "whoever comes after it asks anew");
-        let slot = world.fanout.find("app", TopicRef::Conversation("nowhere")).unwrap();
+        let slot = world.fanout.find("app", Topic::Conversation("nowhere")).unwrap();
         world.fanout.asks(slot);
         world.fanout.answered(slot);
         let refusal = stentor_proto::reason::Reason::UnknownConversation.refusal();
@@ -182,7 +182,7 @@ fn a_conversation_with_ten_sessions_costs_few_bytes() {
     for session in &sessions {
         world.watch("c", session);
     }
-    assert!(world.fanout.get(0).unwrap().watchers.capacity() <= 12);
+    assert!(world.fanout.get(0).unwrap().watchers.places().len() <= 12);
 }
 
 #[test]
@@ -192,7 +192,7 @@ fn apps_do_not_meet() {
     world.watch("c", &session);
     world.app = AppId::new("other").unwrap();
     assert_eq!(world.watch("c", &session), Begun::New(1));
-    let find = |app| world.fanout.find(app, TopicRef::Conversation("c"));
+    let find = |app| world.fanout.find(app, Topic::Conversation("c"));
     assert_eq!((find("app"), find("other")), (Some(0), Some(1)));
     assert_eq!((world.fanout.name(1).app, world.fanout.name(1).conversation), ("other".into(), "c".into()));
     assert!(world.live(vec![event(1, EventKind::Message, "", b"x")]).is_ok());
@@ -204,12 +204,33 @@ fn a_user_is_watched_beside_a_conversation_of_the_same_name() {
     let mut world = World::new();
     let [of_conversation, of_user] = world.sessions();
     world.watch("c", &of_conversation);
-    let topic = Topic::User(UserId::new("c").unwrap());
-    assert_eq!(world.fanout.watch(&world.app, &topic, of_user.0, &of_user.1), Begun::New(1));
+    let topic = Topic::User("c");
+    assert_eq!(world.fanout.watch(&world.app, topic, of_user.0, &of_user.1), Begun::New(1));
     world.fanout.head(&hint("", "c", 3), &world.sessions.read());
     assert_eq!(of_user.1.take().heads[&place(1)].head, Seq(3));
     assert!(of_conversation.1.take().heads.is_empty());
     assert_eq!(world.fanout.conversation(1), None);
     let name = world.fanout.unwatch(1, of_user.0).unwrap();
     assert_eq!((name.user.as_str(), name.conversation.as_str()), ("c", ""));
+}
+
+#[test]
+fn watchers_are_those_that_came_and_did_not_leave() {
+    let mut rng = 1_u32;
+    let (mut watchers, mut model) = (Watchers::default(), std::collections::BTreeSet::new());
+    for _ in 0..2_000 {
+        rng = rng.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let session = (rng >> 8) % 50;
+        if model.insert(session) {
+            watchers.push(session);
+        } else {
+            model.remove(&session);
+            watchers.remove(session);
+        }
+        watchers.remove(99);
+        let mut there: Vec<_> = watchers.places().iter().copied().filter(|&p| p != Watchers::NOBODY).collect();
+        assert_eq!((watchers.len(), watchers.is_empty()), (model.len(), model.is_empty()));
+        there.sort_unstable();
+        assert!(there.into_iter().eq(model.iter().copied()));
+    }
 }

@@ -23,7 +23,7 @@ use stentor_proto::{
 };
 
 use crate::{
-    fanout::{Begun, Fanout, Named, Place, Slot, Topic, TopicRef},
+    fanout::{Begun, Fanout, Named, Place, Slot, Topic},
     inbox::{Answer, Inbox, Purpose, Reply},
     link::Links,
     metrics::Metrics,
@@ -152,7 +152,7 @@ impl Shard {
     pub(crate) fn watch(
         &mut self,
         app: &AppId,
-        topic: &Topic,
+        topic: Topic<'_>,
         session: SessionPlace,
         inbox: &Inbox,
         around: &Around<'_>,
@@ -195,13 +195,13 @@ impl Shard {
 
     /// The place of a conversation that is watched.
     pub(crate) fn find(&self, app: &AppId, conversation: &str) -> Option<Place> {
-        let topic = TopicRef::Conversation(conversation);
+        let topic = Topic::Conversation(conversation);
         Some(Place::new(self.place, self.fanout.find(app.as_str(), topic)?))
     }
 
     /// What is watched at a place.
     pub(crate) fn watched(&self, place: Place) -> Option<(ShardId, ConversationId)> {
-        Some((self.id, self.fanout.conversation(place.slot())?.clone()))
+        Some((self.id, ConversationId::new(self.fanout.conversation(place.slot())?).ok()?))
     }
 
     /// A frame of the shard from a broker.

@@ -21,9 +21,9 @@ impl Session {
     /// Reads the list and watches its head. Both begin at once: what changes before the head is registered shows by it.
     pub(super) fn follow_user(&mut self) {
         if let Ok(shard) = self.core.shard_of(&self.who.app, self.who.user.as_str()) {
-            let topic = Topic::User(self.who.user.clone());
+            let topic = Topic::User(self.who.user.as_str());
             // Without a place the list is only read once: the session lives on.
-            self.streams.user = self.core.watch(shard, &self.who.app, &topic, self.place, &self.inbox);
+            self.streams.user = self.core.watch(shard, &self.who.app, topic, self.place, &self.inbox);
         }
         let ask = self.streams.list.begin();
         self.ask_list(ask);

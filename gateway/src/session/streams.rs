@@ -242,8 +242,8 @@ impl Session {
             Ok(shard) => shard,
             Err(reason) => return refuse(self, reason.refusal()),
         };
-        let topic = Topic::Conversation(id.clone());
-        let Some(place) = self.core.watch(shard, &self.who.app, &topic, self.place, &self.inbox) else {
+        let topic = Topic::Conversation(id.as_str());
+        let Some(place) = self.core.watch(shard, &self.who.app, topic, self.place, &self.inbox) else {
             return refuse(self, Reason::Overloaded.refusal());
         };
         self.settle_refused(conversation);

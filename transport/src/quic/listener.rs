@@ -16,7 +16,7 @@ use quinn::{
 };
 use rand::RngCore;
 
-use super::{BindError, IDLE_TIMEOUT_MS, QuicConnection, QuicError};
+use super::{BindError, IDLE_TIMEOUT_MS, QuicConnection, QuicError, bursts::ShortBursts};
 use crate::{bind, memory, tls::ServerTls};
 
 /// What connections may cost the listener. The defaults are the measured ones: about 29 kB per idle connection.
@@ -86,8 +86,10 @@ impl QuicListener {
         config.transport_config(Arc::new(transport(&limits)));
         let socket = bind::udp(addr)?;
         let addr = socket.local_addr().map_err(io)?;
+        let socket = Arc::new(ShortBursts(runtime.wrap_udp_socket(socket).map_err(io)?));
+        let endpoint_config = endpoint_config(tls, limits.gateway);
         let endpoint =
-            Endpoint::new(endpoint_config(tls, limits.gateway), Some(config), socket, runtime).map_err(io)?;
+            Endpoint::new_with_abstract_socket(endpoint_config, Some(config), socket, runtime).map_err(io)?;
         Ok(Self(Inner::Quinn(Quinn { endpoint, addr, limits, handshakes: Arc::default() })))
     }
 

@@ -1,6 +1,7 @@
 //! QUIC for devices: the gateway's listener, the device's connections, and client frames on their streams. Must never
 //! hold more for a connection than its windows allow, nor let one slow device delay another.
 
+mod bursts;
 mod client;
 mod connection;
 mod frames;
