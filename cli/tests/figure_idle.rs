@@ -30,9 +30,11 @@ const TOGETHER: usize = 10;
 const RUNS: [usize; 3] = [5, 50, 100];
 /// All of them.
 const MANY: usize = RUNS[RUNS.len() - 1];
-/// Frames that a device and its server exchange before they are idle, one by one: quinn keeps more for a connection on
-/// which some dozens of packets came than for a new one, and that is nobody's conversation.
-const TALK: u64 = 64;
+/// Frames that a device and its server exchange before they are idle, one by one: tokio's queues, as quinn uses them,
+/// keep more for a connection on which more than 32 packets came, and that is nobody's conversation.
+fn talk_frames() -> u64 {
+    std::env::var("STENTOR_FIGURE_PINGS").map_or(64, |count| count.parse().unwrap())
+}
 /// Connections that are made at the same time.
 fn connecting() -> usize {
     std::env::var("STENTOR_FIGURE_CONNECTING").map_or(16, |count| count.parse().unwrap())
@@ -90,7 +92,7 @@ async fn idle(cluster: &Processes, n: usize, own: &[String]) -> Device {
 }
 
 async fn talk_a_while(device: &mut Device) {
-    for token in 0..TALK {
+    for token in 0..talk_frames() {
         device.send(v1::Ping { token }).await;
         device.next().await;
     }

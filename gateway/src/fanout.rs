@@ -95,9 +95,8 @@ impl Watchers {
     /// Fills up the list. No session has this place.
     const NOBODY: SessionPlace = SessionPlace::MAX;
 
-    /// Those of the sessions, and at the end perhaps some of nobody.
     fn places(&self) -> &[SessionPlace] {
-        &self.0
+        self.0.get(..self.len()).unwrap_or_default()
     }
 
     fn len(&self) -> usize {

@@ -18,7 +18,7 @@ pub(crate) struct Places {
 }
 
 impl Places {
-    /// The inboxes of these sessions, as far as they are here: `SessionPlace::MAX` never is.
+    /// The inboxes of these sessions, as far as they are here.
     pub(crate) fn all<'a>(&'a self, sessions: &'a [SessionPlace]) -> impl Iterator<Item = &'a Arc<Inbox>> {
         sessions.iter().filter_map(|&session| self.inboxes.get(session as usize)?.as_ref())
     }

@@ -35,7 +35,7 @@ pub(crate) fn check(dir: &Path) -> io::Result<Result<(), String>> {
 }
 
 /// The first record of a type that we never write, or of a length that was another one. Stops at what a power cut
-/// leaves: zeros, or an end.
+/// leaves: zeros (behind a piece of a checksum, perhaps), or an end.
 fn look_through(file: &File, len: u64) -> io::Result<Option<String>> {
     let mut at = 0;
     while at + HEADER_BYTES <= len {
@@ -46,7 +46,7 @@ fn look_through(file: &File, len: u64) -> io::Result<Option<String>> {
         }
         let mut header = [0; HEADER_BYTES as usize];
         file.read_exact_at(&mut header, at)?;
-        if header == [0; HEADER_BYTES as usize] {
+        if header[4..] == [0; 3] {
             return Ok(None);
         }
         if !TYPES.contains(&header[6]) {
@@ -125,13 +125,33 @@ mod tests {
     }
 
     #[test]
+    fn a_late_length_in_a_later_block_is_looked_at_too() {
+        let first = record(1, &[1; BLOCK_BYTES as usize - 2 * HEADER_BYTES as usize - 103]);
+        // Padding of 3 bytes behind a record of 100; then a record in two pieces, the second in a block of its own.
+        let padded = [first, record(1, &[2; 93 + 7]), vec![0; 3]].concat();
+        assert_eq!(padded.len() as u64, BLOCK_BYTES);
+        let pieces = [record(2, &[3; BLOCK_BYTES as usize - HEADER_BYTES as usize]), record(4, &[4; 40])].concat();
+        let whole = [padded, pieces, record(1, &[5; 9])].concat();
+        assert_eq!(look(&whole), None);
+        for (at, length) in [(whole.len() - 16 - 47, 40_u16), (whole.len() - 16, 9)] {
+            for bit in (0..16).filter(|bit| at + 7 + usize::from(length ^ 1 << bit) > whole.len()) {
+                let mut bad = whole.clone();
+                bad[at + 4 + bit / 8] ^= 1 << (bit % 8);
+                assert!(look(&bad).is_some_and(|found| found.contains("length")), "bit {bit} of the record at {at}");
+            }
+        }
+    }
+
+    #[test]
     fn what_a_crash_leaves_of_a_record_is_no_damage() {
         let whole = [record(1, &[7; 100]), record(1, &[8; 1_000])].concat();
         for len in 107..whole.len() {
             assert_eq!(look(&whole[..len]), None, "{len} bytes");
         }
-        let mut zeros = whole[..600].to_vec();
-        zeros.resize(1_000, 0);
-        assert_eq!(look(&zeros), None);
+        for len in [107, 109, 600] {
+            let mut zeros = whole[..len].to_vec();
+            zeros.resize(1_000, 0);
+            assert_eq!(look(&zeros), None, "{len} bytes, then zeros");
+        }
     }
 }

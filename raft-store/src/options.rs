@@ -37,8 +37,8 @@ fn both() -> Options {
 pub(crate) fn log(create: bool) -> Options {
     let mut options = both();
     options.create_if_missing(create);
-    // A torn last record is what a power cut leaves; anything else is damage. The side file tells the two apart where
-    // RocksDB cannot (a flipped length in the last block).
+    // A torn last record is what a power cut leaves; anything else is damage. Where RocksDB cannot tell the two apart (a
+    // flipped length in the last block), `framing` and the side file do.
     options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
     // Recycled files would hold old records behind the tail; the recovery mode above forbids them.
     options.set_recycle_log_file_num(0);

@@ -1,5 +1,4 @@
-//! Bits flipped in the WAL and the MANIFESTs of a stopped store: it does not open, or it opens with everything that
-//! was fsynced.
+//! Bits flipped in the WAL and the MANIFESTs of a stopped store: it does not open, but for bits that belong to nobody.
 //! Must never accept "opened, but shorter".
 
 #![allow(clippy::unwrap_used, clippy::panic, unreachable_pub)]

@@ -19,7 +19,7 @@ use rand::RngCore;
 use super::{BindError, IDLE_TIMEOUT_MS, QuicConnection, QuicError, bursts::ShortBursts};
 use crate::{bind, memory, tls::ServerTls};
 
-/// What connections may cost the listener. The defaults are the measured ones: about 29 kB per idle connection.
+/// What connections may cost the listener. The defaults are the measured ones (docs/performance.md).
 #[derive(Debug, Clone)]
 pub struct QuicLimits {
     /// Connections at a time, handshakes included; further ones are refused.
