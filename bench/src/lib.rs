@@ -4,10 +4,23 @@
 
 #![forbid(unsafe_code)]
 
+pub mod body;
+mod error;
 pub mod histogram;
+pub mod measure;
+pub mod meter;
 pub mod outcome;
+pub mod pace;
 pub mod processes;
+//pub mod report;
+pub mod scenario;
+pub mod target;
 
+pub use error::BenchError;
 pub use histogram::{Histogram, Latency};
+pub use measure::{Live, Observer, Timing};
 pub use outcome::Outcome;
+pub use pace::Pace;
 pub use processes::{Spent, Usage};
+//pub use report::Report;
+pub use target::{Local, Size, Target};

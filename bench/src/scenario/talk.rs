@@ -1,0 +1,103 @@
+//! Conversations that a load talks in: made before it, counted after it. Must never take an acknowledged message that is
+//! not there for a success.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+use stentor_client::{Client, ConversationId, Create, Role, UserId};
+
+use crate::BenchError;
+
+/// Calls that a session has under way at most.
+const CALLS: usize = 8;
+/// Participants that a creation may name.
+const NAMED_AT_CREATION: usize = 2_000;
+/// So many conversations are counted after a run; of more, as many spread over all.
+const COUNTED: usize = 2_000;
+
+/// A conversation with what was sent into it.
+#[derive(Debug)]
+pub(crate) struct Talk {
+    pub(crate) id: ConversationId,
+    /// Its last seq before anything was sent.
+    base: u64,
+    /// Messages that were acknowledged.
+    pub(crate) acknowledged: AtomicU64,
+    /// Sends whose end is not known.
+    pub(crate) unknown: AtomicU64,
+}
+
+/// Creates a conversation of its caller with these participants.
+pub(crate) async fn create(owner: &Client, id: String, participants: &[UserId]) -> Result<Talk, BenchError> {
+    let failed = |what: &str| BenchError::client(format!("{what} {id}"));
+    let id_of = ConversationId::new(&id).map_err(BenchError::cluster)?;
+    let named = participants.len().min(NAMED_AT_CREATION);
+    let create = Create::group(participants[..named].iter().cloned()).id(id_of.clone());
+    owner.create_conversation(create).await.map_err(failed("create"))?;
+    let add = |user: UserId| {
+        let id = id_of.clone();
+        async move { owner.add(&id, &user, Role::Writer).await }
+    };
+    let added = stream::iter(participants[named..].to_vec()).map(add).buffer_unordered(CALLS);
+    added.try_for_each(async |_| Ok(())).await.map_err(failed("add participants to"))?;
+    let base = owner.show(&id_of).await.map_err(failed("look at"))?.head;
+    Ok(Talk { id: id_of, base, acknowledged: AtomicU64::new(0), unknown: AtomicU64::new(0) })
+}
+
+/// Creates many, each by one of its owner's sessions: (owner, name, further participants).
+pub(crate) async fn create_all(wanted: Vec<(Client, String, Vec<UserId>)>) -> Result<Vec<Arc<Talk>>, BenchError> {
+    let sessions = wanted.iter().map(|(owner, ..)| owner.identity().map(|i| i.user.clone())).collect::<Vec<_>>();
+    let distinct = sessions.iter().collect::<std::collections::HashSet<_>>().len().max(1);
+    let made = stream::iter(wanted).map(|(owner, id, participants)| async move {
+        create(&owner, id, &participants).await.map(Arc::new)
+    });
+    made.buffered(CALLS * distinct.min(16)).try_collect().await
+}
+
+/// Looks whether the conversations have what was acknowledged: (reader, conversation).
+pub(crate) async fn count(talks: Vec<(Client, Arc<Talk>)>) -> Result<usize, BenchError> {
+    let step = talks.len().div_ceil(COUNTED).max(1);
+    let chosen: Vec<_> = talks.into_iter().step_by(step).collect();
+    let counted = chosen.len();
+    let looked = stream::iter(chosen).map(|(reader, talk)| async move {
+        let shown = reader.show(&talk.id).await.map_err(BenchError::client(format!("look at {}", talk.id)))?;
+        talk.check(shown.head)
+    });
+    looked.buffer_unordered(CALLS).try_for_each(async |()| Ok(())).await?;
+    Ok(counted)
+}
+
+impl Talk {
+    fn check(&self, head: u64) -> Result<(), BenchError> {
+        let (acknowledged, unknown) =
+            (self.acknowledged.load(Ordering::Relaxed), self.unknown.load(Ordering::Relaxed));
+        let there = head.saturating_sub(self.base);
+        if (acknowledged..=acknowledged + unknown).contains(&there) {
+            return Ok(());
+        }
+        Err(BenchError::Wrong(format!(
+            "{} has {there} messages, {acknowledged} were acknowledged and {unknown} got no answer",
+            self.id
+        )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_or_invented_message_is_found() {
+        let talk = Talk {
+            id: ConversationId::new("c").unwrap(),
+            base: 3,
+            acknowledged: AtomicU64::new(10),
+            unknown: AtomicU64::new(2),
+        };
+        assert!([13, 14, 15].iter().all(|&head| talk.check(head).is_ok()));
+        assert!([0, 12, 16].iter().all(|&head| matches!(talk.check(head), Err(BenchError::Wrong(_)))));
+    }
+}
