@@ -6,11 +6,13 @@
 
 pub mod body;
 mod error;
+pub mod fsyncs;
 pub mod histogram;
 pub mod measure;
 pub mod meter;
 pub mod outcome;
 pub mod pace;
+pub mod peers;
 pub mod processes;
 //pub mod report;
 pub mod scenario;
