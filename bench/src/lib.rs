@@ -14,8 +14,9 @@ pub mod outcome;
 pub mod pace;
 pub mod peers;
 pub mod processes;
-//pub mod report;
+pub mod report;
 pub mod scenario;
+pub mod search;
 pub mod target;
 
 pub use error::BenchError;
@@ -24,5 +25,5 @@ pub use measure::{Live, Observer, Timing};
 pub use outcome::Outcome;
 pub use pace::Pace;
 pub use processes::{Spent, Usage};
-//pub use report::Report;
+pub use report::Report;
 pub use target::{Local, Size, Target};

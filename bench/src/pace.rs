@@ -62,8 +62,9 @@ mod tests {
     #[test]
     fn tasks_take_turns_and_make_the_rate_together() {
         let began = Instant::now();
-        let mut all: Vec<Instant> =
-            (0..4).flat_map(|task| taken(&mut Schedule::new(began, 1_000.0, task, 4), began + Duration::from_secs(1))).collect();
+        let mut all: Vec<Instant> = (0..4)
+            .flat_map(|task| taken(&mut Schedule::new(began, 1_000.0, task, 4), began + Duration::from_secs(1)))
+            .collect();
         all.sort();
         assert!((1_000..=1_004).contains(&all.len()), "{}", all.len());
         let gaps = all.windows(2).map(|pair| pair[1] - pair[0]);

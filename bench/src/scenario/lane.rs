@@ -4,13 +4,19 @@
 use std::{
     collections::VecDeque,
     pin::pin,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use futures_util::FutureExt;
 use stentor_client::{Client, ClientError, Message, SendHandle, Sent};
-use tokio::time::sleep_until;
+use tokio::{
+    sync::Notify,
+    time::{sleep_until, timeout},
+};
 
 use super::{Stop, talk::Talk};
 use crate::{
@@ -36,6 +42,46 @@ pub(crate) struct Lane {
     pub(crate) bodies: Arc<Bodies>,
     /// Bodies carry the moment when they were due.
     pub(crate) stamped: bool,
+    /// Where answers are noted; units unless there is such a meter.
+    pub(crate) answers: &'static str,
+    /// What a closed loop waits for besides answers.
+    pub(crate) gate: Option<Arc<Gate>>,
+}
+
+/// Lets a closed loop of messages go on only when those before have been delivered.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    /// Devices that get each message.
+    devices: u64,
+    /// Messages that not all devices have, at most.
+    window: u64,
+    sent: AtomicU64,
+    delivered: AtomicU64,
+    room: Notify,
+}
+
+impl Gate {
+    pub(crate) fn new(devices: usize, window: usize) -> Self {
+        let (sent, delivered) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { devices: devices as u64, window: window as u64, sent, delivered, room: Notify::new() }
+    }
+
+    /// Devices have got so many more.
+    pub(crate) fn deliver(&self, count: u64) {
+        self.delivered.fetch_add(count, Ordering::AcqRel);
+        if self.has_room() {
+            self.room.notify_one();
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        let (sent, delivered) = (self.sent.load(Ordering::Acquire), self.delivered.load(Ordering::Acquire));
+        (sent * self.devices).saturating_sub(delivered) < self.window * self.devices
+    }
+
+    fn send(&self) {
+        self.sent.fetch_add(1, Ordering::AcqRel);
+    }
 }
 
 /// A send without an answer.
@@ -85,12 +131,18 @@ impl Lane {
 impl Running<'_> {
     async fn closed(&mut self, stop: &Stop) {
         while !stop.is_set() {
-            while self.waiting.len() < self.lane.window {
+            while self.waiting.len() < self.lane.window && self.may_go() {
                 if !self.send(Instant::now()).await {
                     break;
                 }
             }
-            self.oldest().await;
+            match &self.lane.gate {
+                Some(gate) if self.waiting.is_empty() => {
+                    // Bounded: somebody may have told the lane to stop.
+                    let _ = timeout(AFTER_FAILURE, gate.room.notified()).await;
+                }
+                _ => self.oldest().await,
+            }
             self.ready();
             self.hand_on();
             self.pause().await;
@@ -118,6 +170,10 @@ impl Running<'_> {
         }
     }
 
+    fn may_go(&self) -> bool {
+        self.lane.gate.as_ref().is_none_or(|gate| gate.has_room())
+    }
+
     /// Hands one to the SDK; false when it does not take it.
     async fn send(&mut self, due: Instant) -> bool {
         let (n, lane) = (self.sent, self.lane);
@@ -130,6 +186,9 @@ impl Running<'_> {
         match lane.client.send_pipelined(&lane.talks[talk].id, Message::bytes(String::new(), body)).await {
             Ok(handle) => {
                 self.waiting.push_back(Waiting { due, talk, handle });
+                if let Some(gate) = &lane.gate {
+                    gate.send();
+                }
                 true
             }
             Err(error) => {
@@ -177,7 +236,7 @@ impl Running<'_> {
     }
 
     fn hand_on(&mut self) {
-        self.noted.hand_on(&self.meters.units, self.lane.number);
+        self.noted.hand_on(self.meters.other(self.lane.answers), self.lane.number);
         if let Some((_, late)) = self.meters.others.iter().find(|(name, _)| *name == LATE) {
             self.late.hand_on(late, self.lane.number);
         }
@@ -190,5 +249,26 @@ impl Running<'_> {
     }
 }
 
+/// Answers to sends, where the units are something else.
+pub(crate) const SENT: &str = "sent";
 /// How much later than due the generator itself handed a message on.
 pub(crate) const LATE: &str = "late";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gate_waits_for_all_devices() {
+        let gate = Gate::new(10, 2);
+        gate.send();
+        assert!(gate.has_room());
+        gate.send();
+        assert!(!gate.has_room());
+        gate.deliver(1);
+        assert!(gate.has_room(), "one delivery of the first message makes room, as ten of different ones do");
+        gate.send();
+        gate.deliver(10);
+        assert!(gate.has_room());
+    }
+}

@@ -109,6 +109,8 @@ impl SendLoad {
             window: plan.window,
             bodies: Arc::clone(&self.bodies),
             stamped: false,
+            answers: "",
+            gate: None,
         }
     }
 
@@ -124,7 +126,7 @@ impl SendLoad {
 }
 
 /// One device of each user.
-async fn connect(target: &Target, users: &[UserId]) -> Result<Vec<Client>, BenchError> {
+pub(crate) async fn connect(target: &Target, users: &[UserId]) -> Result<Vec<Client>, BenchError> {
     let connected = stream::iter(users.iter().enumerate()).map(|(n, user)| async move {
         let builder = target.device(user, "phone", n)?.window(spread::SENDS_PER_SESSION);
         builder.connect().await.map_err(BenchError::client(format!("connect {user}")))

@@ -31,7 +31,8 @@ pub(crate) fn plan(conversations: usize, window: usize, sessions: usize) -> Resu
     if conversations == 0 || window == 0 {
         return Err(BenchError::Settings("at least one conversation and a window of at least 1 are needed".into()));
     }
-    let lanes = if conversations >= window { in_turn(conversations, window) } else { side_by_side(conversations, window) };
+    let lanes =
+        if conversations >= window { in_turn(conversations, window) } else { side_by_side(conversations, window) };
     Ok(seat(lanes, sessions))
 }
 
@@ -87,9 +88,15 @@ mod tests {
 
     #[test]
     fn the_whole_window_is_spread_and_no_device_has_too_much() {
-        for (conversations, window, sessions) in
-            [(1, 1, 1), (1, 64, 1), (1, 1_024, 4), (64, 1_024, 4), (64, 64, 1), (64, 10_000, 64), (1_000_000, 1_024, 12)]
-        {
+        for (conversations, window, sessions) in [
+            (1, 1, 1),
+            (1, 64, 1),
+            (1, 1_024, 4),
+            (64, 1_024, 4),
+            (64, 64, 1),
+            (64, 10_000, 64),
+            (1_000_000, 1_024, 12),
+        ] {
             let plan = plan(conversations, window, 1).unwrap();
             assert_eq!(plan.lanes.iter().map(|lane| lane.window).sum::<usize>(), window, "{conversations} {window}");
             assert!((0..plan.sessions).all(|s| (1..=SENDS_PER_SESSION).contains(&held(&plan, s))), "{plan:?}");

@@ -43,17 +43,15 @@ pub(crate) async fn create(owner: &Client, id: String, participants: &[UserId]) 
     };
     let added = stream::iter(participants[named..].to_vec()).map(add).buffer_unordered(CALLS);
     added.try_for_each(async |_| Ok(())).await.map_err(failed("add participants to"))?;
-    let base = owner.show(&id_of).await.map_err(failed("look at"))?.head;
-    Ok(Talk { id: id_of, base, acknowledged: AtomicU64::new(0), unknown: AtomicU64::new(0) })
+    Talk::new(&id, owner.show(&id_of).await.map_err(failed("look at"))?.head)
 }
 
 /// Creates many, each by one of its owner's sessions: (owner, name, further participants).
 pub(crate) async fn create_all(wanted: Vec<(Client, String, Vec<UserId>)>) -> Result<Vec<Arc<Talk>>, BenchError> {
     let sessions = wanted.iter().map(|(owner, ..)| owner.identity().map(|i| i.user.clone())).collect::<Vec<_>>();
     let distinct = sessions.iter().collect::<std::collections::HashSet<_>>().len().max(1);
-    let made = stream::iter(wanted).map(|(owner, id, participants)| async move {
-        create(&owner, id, &participants).await.map(Arc::new)
-    });
+    let made = stream::iter(wanted)
+        .map(|(owner, id, participants)| async move { create(&owner, id, &participants).await.map(Arc::new) });
     made.buffered(CALLS * distinct.min(16)).try_collect().await
 }
 
@@ -71,9 +69,15 @@ pub(crate) async fn count(talks: Vec<(Client, Arc<Talk>)>) -> Result<usize, Benc
 }
 
 impl Talk {
-    fn check(&self, head: u64) -> Result<(), BenchError> {
-        let (acknowledged, unknown) =
-            (self.acknowledged.load(Ordering::Relaxed), self.unknown.load(Ordering::Relaxed));
+    /// One with so many events in it.
+    pub(crate) fn new(id: &str, base: u64) -> Result<Self, BenchError> {
+        let id = ConversationId::new(id).map_err(BenchError::cluster)?;
+        Ok(Self { id, base, acknowledged: AtomicU64::new(0), unknown: AtomicU64::new(0) })
+    }
+
+    /// Whether what is there is what was acknowledged.
+    pub(crate) fn check(&self, head: u64) -> Result<(), BenchError> {
+        let (acknowledged, unknown) = (self.acknowledged.load(Ordering::Relaxed), self.unknown.load(Ordering::Relaxed));
         let there = head.saturating_sub(self.base);
         if (acknowledged..=acknowledged + unknown).contains(&there) {
             return Ok(());
