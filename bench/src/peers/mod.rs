@@ -2,11 +2,21 @@
 //! the same works by its ecosystem's own client, and stopped. Must never use a server that somebody else has started,
 //! nor leave one out without saying so.
 
+pub mod ejabberd;
+pub mod floors;
 mod gauge;
+mod idle;
 mod lane;
+pub mod mosquitto;
 pub mod nats;
+pub mod rabbit;
+pub mod redis;
+pub mod ours;
 mod server;
+pub mod run;
 mod spread;
+pub mod table;
+pub mod works;
 
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
