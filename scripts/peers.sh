@@ -64,10 +64,9 @@ have redis-server >/dev/null || packages+=(redis-server)
 have mosquitto >/dev/null || packages+=(mosquitto)
 have ejabberdctl >/dev/null || packages+=(ejabberd)
 # Its archive lies in SQLite.
-compgen -G '/usr/lib/*/ejabberd/../../erlang/lib/sqlite3-*' >/dev/null ||
-  compgen -G '/usr/lib/erlang/lib/sqlite3-*' >/dev/null || packages+=(erlang-p1-sqlite3)
-# Counts the flushes of servers that do not count their own.
-have strace >/dev/null || packages+=(strace)
+compgen -G '/usr/lib/erlang/lib/p1_sqlite3-*' >/dev/null || packages+=(erlang-p1-sqlite3)
+# Counts the flushes of servers that do not count their own; without it they are not told.
+have perf >/dev/null || packages+=(linux-perf)
 
 failed=0
 if ! fetch_nats; then failed=1; fi

@@ -529,6 +529,8 @@ mod tests {
             "bench fanout --local --devices 1000 --gateways 2 --stuck 1 --rate 20 --html report.html",
             "bench connect --local --concurrency 32 --resumed",
             "bench idle --local --devices 5000 --conversations 5",
+            "bench peers --only one-64 --only cursors --quick --repeats 5 --json",
+            "bench peers --list",
         ] {
             assert!(parse(line).is_ok(), "{line}: {}", parse(line).err().unwrap());
         }
@@ -546,6 +548,7 @@ mod tests {
             "bench send --size 0",
             "bench send --rate 1 --find-p99 2",
             "bench send --seconds -1",
+            "bench peers --repeats 0",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

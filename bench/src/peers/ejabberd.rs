@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::{StreamExt, TryStreamExt, future::BoxFuture, future::try_join, stream};
+use futures_util::{StreamExt, TryStreamExt, future::LocalBoxFuture, future::try_join, stream};
 use tempfile::TempDir;
 use tokio::time::timeout;
 use tokio_xmpp::{
@@ -128,11 +128,12 @@ impl Ejabberd {
         match *load {
             Load::Chat { pairs } => self.chat(&run, pairs, timing).await,
             Load::Idle { connections } => {
-                idle::hold(&self.servers, connections, timing, |n| {
+                let server = &*self;
+                let online = |n| {
                     let name = format!("{run}-{n}");
-                    async move { self.online(&name).await }
-                })
-                .await
+                    async move { server.online(&name).await }
+                };
+                idle::hold(&server.servers, connections, timing, online).await
             }
             _ => Err(PeerError::unable("ejabberd", load)),
         }
@@ -194,7 +195,7 @@ fn configuration(dir: &Path, port: u16, archive: bool) -> String {
 }
 
 impl Peer for Ejabberd {
-    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> BoxFuture<'a, Result<Outcome, PeerError>> {
+    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> LocalBoxFuture<'a, Result<Outcome, PeerError>> {
         Box::pin(self.put_under(load, timing))
     }
 }

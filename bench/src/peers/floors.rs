@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
-use futures_util::{future::BoxFuture, future::join_all};
+use futures_util::{future::LocalBoxFuture, future::join_all};
 use serde::Deserialize;
 use stentor_client::ClientTls;
 use stentor_transport::quic::{self, FrameReader, FrameWriter, QuicConnection};
@@ -172,7 +172,7 @@ fn frame(bytes: usize) -> Bytes {
 }
 
 impl Peer for Bare {
-    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> BoxFuture<'a, Result<Outcome, PeerError>> {
+    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> LocalBoxFuture<'a, Result<Outcome, PeerError>> {
         Box::pin(async move {
             match *load {
                 Load::Echo => self.echo(timing).await,
@@ -236,7 +236,7 @@ impl Raw {
 }
 
 impl Peer for Raw {
-    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> BoxFuture<'a, Result<Outcome, PeerError>> {
+    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> LocalBoxFuture<'a, Result<Outcome, PeerError>> {
         Box::pin(async move {
             match *load {
                 Load::Raw => self.write(timing).await,

@@ -18,7 +18,7 @@ mod spread;
 pub mod table;
 pub mod works;
 
-use futures_util::future::BoxFuture;
+use futures_util::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -114,7 +114,7 @@ pub enum Load {
 pub const MESSAGE_BYTES: usize = 256;
 
 /// A peer that runs.
-pub trait Peer: Send {
+pub trait Peer {
     /// Puts it under a load: prepared, warmed up, measured, and counted afterwards.
-    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> BoxFuture<'a, Result<Outcome, PeerError>>;
+    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> LocalBoxFuture<'a, Result<Outcome, PeerError>>;
 }

@@ -3,7 +3,7 @@
 
 use std::{process::Command, time::Duration};
 
-use futures_util::future::BoxFuture;
+use futures_util::future::LocalBoxFuture;
 use rumqttc::{AsyncClient, Event, MqttOptions, Packet};
 use tempfile::TempDir;
 
@@ -65,7 +65,7 @@ impl Drop for Held {
 }
 
 impl Peer for Mosquitto {
-    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> BoxFuture<'a, Result<Outcome, PeerError>> {
+    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> LocalBoxFuture<'a, Result<Outcome, PeerError>> {
         Box::pin(async move {
             match *load {
                 Load::Idle { connections } => {

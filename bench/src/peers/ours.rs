@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::{StreamExt, TryStreamExt, future::BoxFuture, stream};
+use futures_util::{StreamExt, TryStreamExt, future::LocalBoxFuture, stream};
 use stentor_client::{Client, ConversationId, Create, From, Incoming, Message};
 use tokio::time::timeout;
 
@@ -195,7 +195,7 @@ async fn talk(
 }
 
 impl Peer for Ours {
-    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> BoxFuture<'a, Result<Outcome, PeerError>> {
+    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> LocalBoxFuture<'a, Result<Outcome, PeerError>> {
         Box::pin(self.put_under(load, timing))
     }
 }

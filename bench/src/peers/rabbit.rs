@@ -3,7 +3,7 @@
 
 use std::{os::unix::fs::PermissionsExt, path::PathBuf, process::Command, sync::Arc};
 
-use futures_util::{FutureExt, TryFutureExt, future::BoxFuture, future::join_all};
+use futures_util::{FutureExt, TryFutureExt, future::LocalBoxFuture, future::join_all};
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties,
     options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions},
@@ -178,7 +178,7 @@ fn configuration(port: u16, between: u16) -> String {
 }
 
 impl Peer for Rabbit {
-    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> BoxFuture<'a, Result<Outcome, PeerError>> {
+    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> LocalBoxFuture<'a, Result<Outcome, PeerError>> {
         Box::pin(self.put_under(load, timing))
     }
 }

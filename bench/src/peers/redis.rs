@@ -3,7 +3,7 @@
 
 use std::{process::Command, sync::Arc, time::Instant};
 
-use futures_util::{StreamExt, TryStreamExt, future::BoxFuture, future::join_all, stream};
+use futures_util::{StreamExt, TryStreamExt, future::LocalBoxFuture, future::join_all, stream};
 use redis::{AsyncCommands, aio::MultiplexedConnection};
 use tempfile::TempDir;
 
@@ -154,7 +154,7 @@ impl Redis {
 }
 
 impl Peer for Redis {
-    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> BoxFuture<'a, Result<Outcome, PeerError>> {
+    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> LocalBoxFuture<'a, Result<Outcome, PeerError>> {
         Box::pin(self.put_under(load, timing))
     }
 }

@@ -11,7 +11,7 @@ use super::{
     ejabberd::Ejabberd,
     floors::{Bare, Raw},
     mosquitto::Mosquitto,
-    nats::{Nats, Sync},
+    nats::{Durability, Nats},
     ours::Ours,
     rabbit::Rabbit,
     redis::Redis,
@@ -165,8 +165,8 @@ fn servers(against: Against) -> Against {
 
 async fn start(against: Against, binary: &Path) -> Result<Box<dyn Peer>, PeerError> {
     Ok(match against {
-        Against::NatsAlways | Against::NatsCore => Box::new(Nats::start(Sync::Always).await?),
-        Against::NatsDefault => Box::new(Nats::start(Sync::Default).await?),
+        Against::NatsAlways | Against::NatsCore => Box::new(Nats::start(Durability::Always).await?),
+        Against::NatsDefault => Box::new(Nats::start(Durability::Default).await?),
         Against::Rabbit => Box::new(Rabbit::start().await?),
         Against::Redis => Box::new(Redis::start().await?),
         Against::Mosquitto => Box::new(Mosquitto::start().await?),

@@ -15,6 +15,8 @@ pub(crate) enum BenchVerb {
     Connect(ConnectBenchArgs),
     /// Devices that are connected and say nothing
     Idle(IdleBenchArgs),
+    /// NATS, RabbitMQ, Redis, mosquitto, ejabberd and the physical floors beside us, in turn, in one run
+    Peers(PeersBenchArgs),
 }
 
 impl BenchVerb {
@@ -24,6 +26,7 @@ impl BenchVerb {
             Self::Fanout(args) => args.run.json,
             Self::Connect(args) => args.run.json,
             Self::Idle(args) => args.run.json,
+            Self::Peers(args) => args.json,
         }
     }
 }
@@ -61,6 +64,29 @@ pub(crate) struct RunArgs {
     /// Write the report as a page with plots
     #[arg(long, value_name = "FILE")]
     pub(crate) html: Option<PathBuf>,
+}
+
+/// Options of `bench peers`. `make peers` installs the servers; each is started and stopped here, on free ports.
+#[derive(Debug, Args)]
+pub(crate) struct PeersBenchArgs {
+    /// Only this work (--list names them); may be given again
+    #[arg(long, value_name = "WORK")]
+    pub(crate) only: Vec<String>,
+    /// Shorter repeats, and only the peers beside which something is promised: one work in less than a minute
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// How often both sides are measured, in turn; results are medians
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(crate) repeats: u32,
+    /// How long each repeat is measured (10; 2.5 with --quick)
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    pub(crate) seconds: Option<f64>,
+    /// Print the names of all works and who is beside us
+    #[arg(long)]
+    pub(crate) list: bool,
+    /// Print the table as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Options of `bench send`.

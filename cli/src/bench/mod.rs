@@ -1,6 +1,7 @@
 //! `stentor bench`: puts a cluster under load through its public faces and prints what that cost. Must never leave a
 //! cluster behind that it started, nor print a figure of a run whose counts were wrong.
 
+mod peers;
 mod print;
 
 use std::{path::Path, time::Duration};
@@ -43,6 +44,7 @@ pub(crate) async fn run(verb: BenchVerb, output: Output) -> Result<(), Failure> 
         BenchVerb::Fanout(args) => (args.run.clone(), fanout(&args)),
         BenchVerb::Connect(args) => (args.run.clone(), connect(&args)),
         BenchVerb::Idle(args) => (args.run.clone(), idle(&args)),
+        BenchVerb::Peers(args) => return peers::run(&args, output).await,
     };
     let stop = stop_signal()?;
     tokio::select! {

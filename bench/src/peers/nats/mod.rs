@@ -11,7 +11,7 @@ use std::{
 };
 
 use async_nats::{Client, ConnectOptions, Subject, jetstream};
-use futures_util::future::BoxFuture;
+use futures_util::future::LocalBoxFuture;
 use tempfile::TempDir;
 use tokio::time::sleep;
 
@@ -32,7 +32,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
 /// When what is acknowledged is on the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sync {
+pub enum Durability {
     /// Before: `sync_interval: always`, as ours.
     Always,
     /// Up to two minutes later: the default.
@@ -72,14 +72,14 @@ fn binary() -> Result<PathBuf, PeerError> {
 
 impl Nats {
     /// Starts three servers and waits until JetStream takes streams.
-    pub async fn start(sync: Sync) -> Result<Self, PeerError> {
+    pub async fn start(durability: Durability) -> Result<Self, PeerError> {
         let (binary, dir) = (binary()?, folder()?);
         let ports: [u16; 2 * SERVERS] = free_ports()?;
         let (clients, routes) = ports.split_at(SERVERS);
         let all_routes: Vec<_> = routes.iter().map(|port| format!("nats://127.0.0.1:{port}")).collect();
-        let interval = match sync {
-            Sync::Always => "sync_interval: always",
-            Sync::Default => "",
+        let interval = match durability {
+            Durability::Always => "sync_interval: always",
+            Durability::Default => "",
         };
         let mut servers = Vec::new();
         for (n, (port, route)) in clients.iter().zip(routes).enumerate() {
@@ -207,7 +207,7 @@ impl Nats {
 }
 
 impl Peer for Nats {
-    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> BoxFuture<'a, Result<Outcome, PeerError>> {
+    fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> LocalBoxFuture<'a, Result<Outcome, PeerError>> {
         Box::pin(self.put_under(load, timing))
     }
 }
