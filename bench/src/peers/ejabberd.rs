@@ -164,13 +164,11 @@ async fn talk(n: usize, one: Client, other: Client, meters: Arc<Meters>, stop: S
 async fn next_body(client: &mut Client) -> Result<String, PeerError> {
     loop {
         match client.next().await {
-            Some(Event::Stanza(Stanza::Message(mut message))) => match message.type_ {
-                MessageType::Error => return Err(PeerError::failed("deliver a message", "it was refused")),
-                _ => {
-                    if let Some(body) = message.bodies.remove(&Lang::default()) {
-                        return Ok(body);
-                    }
-                }
+            Some(Event::Stanza(Stanza::Message(message))) => match (message.type_, message.bodies.into_values().next()) {
+                (MessageType::Error, _) => return Err(PeerError::failed("deliver a message", "it was refused")),
+                // The server adds the language of the stream.
+                (_, Some(body)) => return Ok(body),
+                (_, None) => {}
             },
             Some(Event::Disconnected(error)) => return Err(PeerError::failed("stay connected", error)),
             Some(_) => {}

@@ -45,8 +45,8 @@ pub enum Door {
 /// A cluster that runs.
 #[derive(Debug)]
 pub struct Ours {
-    // Before the folder that it lies in is needed by nobody.
-    _local: Local,
+    local: Local,
+    /// Of the run: each has names of its own.
     target: Target,
     door: Door,
 }
@@ -57,7 +57,7 @@ impl Ours {
         let binary: PathBuf = binary.to_owned();
         let local = Local::start(&binary, Size { brokers: 3, gateways: 1, shards }).await?;
         let target = local.target()?;
-        Ok(Self { _local: local, target, door })
+        Ok(Self { local, target, door })
     }
 
     fn bodies() -> Bodies {
@@ -66,7 +66,9 @@ impl Ours {
 
     async fn append(&self, conversations: usize, window: usize, timing: Timing) -> Result<Vec<Outcome>, PeerError> {
         let body = BodySize::Bytes(MESSAGE_BYTES);
-        let settings = SendSettings { conversations, window, sessions: 1, body };
+        // A stream of the API takes one send at a time.
+        let sessions = if self.door == Door::Api { window } else { 1 };
+        let settings = SendSettings { conversations, window, sessions, body };
         match self.door {
             Door::Sessions => {
                 let load = SendLoad::prepare(&self.target, &settings, Self::bodies()).await?;
@@ -136,6 +138,7 @@ impl Ours {
 
     async fn put_under(&mut self, load: &Load, timing: Timing) -> Result<Outcome, PeerError> {
         let timing = Timing { repeats: 1, ..timing };
+        self.target = self.local.target()?;
         let one = FanoutSettings { body: BodySize::Bytes(MESSAGE_BYTES), ..FanoutSettings::default() };
         let outcomes = match *load {
             Load::Append { conversations, window } => self.append(conversations, window, timing).await?,
@@ -151,7 +154,7 @@ impl Ours {
             Load::Idle { connections } => self.idle(connections, timing).await?,
             Load::Handshakes { window } => {
                 let settings = ConnectSettings { concurrency: window, resumed: false };
-                ConnectLoad::prepare(&self.target, &settings)?.run(timing, &Observer::none()).await?
+                ConnectLoad::prepare(&self.target, &settings)?.run(Pace::Closed, timing, &Observer::none()).await?
             }
             Load::Echo | Load::Raw => return Err(PeerError::unable("a Stentor cluster", load)),
         };

@@ -78,7 +78,7 @@ pub(crate) struct PeersBenchArgs {
     /// How often both sides are measured, in turn; results are medians
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) repeats: u32,
-    /// How long each repeat is measured (10; 2.5 with --quick)
+    /// How long each repeat is measured (10; 2 with --quick)
     #[arg(long, value_name = "S", value_parser = seconds)]
     pub(crate) seconds: Option<f64>,
     /// Print the names of all works and who is beside us

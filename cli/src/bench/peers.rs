@@ -12,7 +12,7 @@ use stentor_bench::{
 use crate::{args::bench::PeersBenchArgs, dev::stop_signal, failure::Failure, output::Output};
 
 /// Of `--quick`: a work with two peers takes less than a minute.
-const QUICK: (f64, f64) = (1.0, 2.5);
+const QUICK: (f64, f64) = (1.0, 2.0);
 const WHOLE: (f64, f64) = (3.0, 10.0);
 
 /// Runs them and prints the table.
