@@ -529,6 +529,11 @@ mod tests {
             "bench fanout --local --devices 1000 --gateways 2 --stuck 1 --rate 20 --html report.html",
             "bench connect --local --concurrency 32 --resumed",
             "bench idle --local --devices 5000 --conversations 5",
+            "bench cursors --local --devices 100 --window 64",
+            "bench resume --local --devices 10000 --conversations 20 --missed 5 --within 1",
+            "bench history --dir d --conversations 100000 --messages 50 --page 50",
+            "bench mixed --local --users 10000 --largest 10000 --zipf 1.1 --rate 1000 --churn 10 --json",
+            "bench compare a.json b.json --json",
         ] {
             assert!(parse(line).is_ok(), "{line}: {}", parse(line).err().unwrap());
         }

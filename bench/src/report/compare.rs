@@ -36,7 +36,12 @@ const FIGURES: &[Figure] = &[
     Figure { name: "server_cpu_us", better: Better::Lower, floor: 0.03, of: |o| o.server_cpu_us },
     Figure { name: "client_cpu_us", better: Better::Lower, floor: 0.05, of: |o| o.client_cpu_us },
     Figure { name: "flushes_per_message", better: Better::Lower, floor: 0.10, of: |o| o.flushes_per_message },
-    Figure { name: "bytes_written_per_message", better: Better::Lower, floor: 0.05, of: |o| o.bytes_written_per_message },
+    Figure {
+        name: "bytes_written_per_message",
+        better: Better::Lower,
+        floor: 0.05,
+        of: |o| o.bytes_written_per_message,
+    },
 ];
 /// Of figures that only some works have.
 const OTHER_FLOOR: f64 = 0.05;
@@ -95,7 +100,8 @@ pub fn compare(before: &Report, after: &Report) -> Result<Vec<Change>, BenchErro
             changes.extend(change(&phase.name, figure.name, figure.better, figure.floor, &old, &new));
         }
         for name in phase.median.figures.keys().filter(|name| name.contains("_bytes_per_")) {
-            let of = |runs: &[Outcome]| runs.iter().filter_map(|run| run.figures.get(name).copied()).collect::<Vec<_>>();
+            let of =
+                |runs: &[Outcome]| runs.iter().filter_map(|run| run.figures.get(name).copied()).collect::<Vec<_>>();
             let (old, new) = (of(&phase.runs), of(&other.runs));
             changes.extend(change(&phase.name, name, Better::Lower, OTHER_FLOOR, &old, &new));
         }

@@ -12,6 +12,7 @@ use crate::{
     BenchError, Outcome, Target,
     measure::{self, Observer, Timing},
     meter::Meters,
+    pace::{Pace, Turns},
 };
 
 /// Devices of each task, in turn: a user may open only so many sessions a second.
@@ -57,8 +58,8 @@ impl ConnectLoad {
     }
 
     /// Connects and measures; may be called again.
-    pub async fn run(&self, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
-        let (meters, stop) = (Arc::new(Meters::new()), Stop::default());
+    pub async fn run(&self, pace: Pace, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
+        let (meters, stop, began) = (Arc::new(Meters::new()), Stop::default(), Instant::now());
         let task = |(task, tokens): (usize, &Arc<Vec<String>>)| {
             let caller = Caller {
                 task,
@@ -67,6 +68,7 @@ impl ConnectLoad {
                 tokens: Arc::clone(tokens),
                 meters: Arc::clone(&meters),
                 stop: stop.clone(),
+                turns: Turns::new(pace, began, task, self.tokens.len()),
             };
             tokio::spawn(caller.run())
         };
@@ -85,16 +87,18 @@ struct Caller {
     tokens: Arc<Vec<String>>,
     meters: Arc<Meters>,
     stop: Stop,
+    turns: Turns,
 }
 
 impl Caller {
-    async fn run(self) {
+    async fn run(mut self) {
         let mut took = Vec::new();
-        for token in self.tokens.iter().cycle() {
+        let tokens = Arc::clone(&self.tokens);
+        for token in tokens.iter().cycle() {
+            let began = self.turns.next().await;
             if self.stop.is_set() {
                 return;
             }
-            let began = Instant::now();
             match self.connect(token.clone()).await {
                 Ok(client) => {
                     took.push(began.elapsed());

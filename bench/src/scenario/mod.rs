@@ -4,8 +4,11 @@
 pub mod api;
 pub mod connect;
 pub mod fanout;
+pub mod history;
 pub mod idle;
 mod lane;
+pub mod mixed;
+pub mod resume;
 pub mod send;
 mod spread;
 mod talk;

@@ -75,6 +75,11 @@ impl Talk {
         Ok(Self { id, base, acknowledged: AtomicU64::new(0), unknown: AtomicU64::new(0) })
     }
 
+    /// The seq of the last message that was acknowledged, if all came one after the other.
+    pub(crate) fn least_head(&self) -> u64 {
+        self.base + self.acknowledged.load(Ordering::Relaxed)
+    }
+
     /// Whether what is there is what was acknowledged.
     pub(crate) fn check(&self, head: u64) -> Result<(), BenchError> {
         let (acknowledged, unknown) = (self.acknowledged.load(Ordering::Relaxed), self.unknown.load(Ordering::Relaxed));
