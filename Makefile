@@ -9,6 +9,7 @@ help:
 	@echo "make test          all tests and checks"
 	@echo "make chaos         kill real processes under load and judge what clients were promised"
 	@echo "                   (ARGS='brokers --json': one run, for programs; ARGS=--help: all options)"
+	@echo "make bench [ARGS=…]  measure a cluster under load (ARGS='fanout --local --devices 1000'; ARGS=--help: all)"
 	@echo "make verify        read-only checks: format, lints, licences"
 	@echo "make fix           format and apply what clippy can mend by itself"
 
@@ -37,5 +38,6 @@ chaos: setup
 	  cargo build --release --locked -p stentor-chaos && \
 	  exec "$$CARGO_TARGET_DIR/release/stentor-chaos" $(ARGS)
 
-bench:
-	@echo "make $@: not built yet" >&2; exit 2
+bench: setup
+	@. scripts/env.sh && cargo build --release --locked -p stentor-cli && \
+	  exec "$$CARGO_TARGET_DIR/release/stentor" bench $(if $(ARGS),$(ARGS),send --local)

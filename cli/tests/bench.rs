@@ -5,8 +5,17 @@
 
 mod support;
 
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
 use serde_json::Value;
-use support::{Ended, brokers::Brokers, run};
+use support::{
+    Ended,
+    brokers::{Brokers, eventually},
+    run,
+};
 
 /// Runs a scenario for two repeats and reads its report.
 fn bench(cluster: &Brokers, scenario: &str) -> Value {
@@ -90,17 +99,51 @@ fn a_cluster_of_its_own_is_started_measured_shown_and_taken_down() {
     let (page, report) = (folder.path().join("report.html"), folder.path().join("a.json"));
     let mut command = support::stentor(&["bench", "send", "--local", "--shards", "2", "--size", "64"]);
     command.args(["--seconds", "0.4", "--warm-up", "0", "--repeats", "3", "--json", "--html"]).arg(&page);
-    let ended = Ended::new(command.env("TMPDIR", folder.path()).output().unwrap()).well();
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let prefix = format!("stentor-bench-{}-", child.id());
+    let ended = Ended::new(child.wait_with_output().unwrap()).well();
     assert_eq!(ended.rows()[0]["cluster"]["shards"], 2);
     assert!(std::fs::read_to_string(&page).unwrap().contains("<svg"));
     std::fs::write(&report, &ended.stdout).unwrap();
-    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(left.len(), 2, "the cluster's folder is gone: {left:?}");
+    assert_eq!(folders(&prefix), Vec::<PathBuf>::new(), "the cluster's folder is gone");
     let report = report.to_str().unwrap();
     let compared = run(&["bench", "compare", report, report, "--json"], b"").well().rows().remove(0);
     assert_eq!(compared["worse"], 0);
     let nothing = run(&["bench", "send", "--json"], b"");
     assert_eq!((nothing.code, nothing.stdout.as_str()), (2, ""));
+}
+
+#[test]
+fn a_run_that_is_stopped_takes_its_cluster_down() {
+    let args = ["bench", "send", "--local", "--shards", "2", "--seconds", "600", "--warm-up", "0", "--json"];
+    let child = support::stentor(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let prefix = format!("stentor-bench-{}-", child.id());
+    let folder = eventually("the cluster has been started", || folders(&prefix).pop());
+    // Whenever it comes, in the start as well as under load.
+    let pids =
+        eventually("all nodes have a process", || pids(&folder.join("cluster.json")).filter(|all| all.len() == 4));
+    let interrupted = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(interrupted.success());
+    let ended = Ended::new(child.wait_with_output().unwrap());
+    assert_eq!((ended.code, ended.stdout.as_str()), (1, ""), "{}", ended.stderr);
+    assert!(folders(&prefix).is_empty());
+    let alive = pids.iter().filter(|pid| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(&prefix)
+    });
+    assert_eq!(alive.count(), 0);
+}
+
+/// Folders of clusters whose names begin so.
+fn folders(prefix: &str) -> Vec<PathBuf> {
+    let all = std::fs::read_dir(std::env::temp_dir()).unwrap().map(|entry| entry.unwrap());
+    all.filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix)).map(|entry| entry.path()).collect()
+}
+
+/// The processes of a cluster; `None` while it has no file.
+fn pids(cluster_json: &Path) -> Option<Vec<u64>> {
+    let file: Value = serde_json::from_slice(&std::fs::read(cluster_json).ok()?).ok()?;
+    Some(file["nodes"].as_array()?.iter().filter_map(|node| node["pid"].as_u64()).collect())
 }
 
 #[test]

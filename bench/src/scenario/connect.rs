@@ -3,11 +3,10 @@
 
 use std::{sync::Arc, time::Instant};
 
-use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use stentor_client::Client;
 
-use super::Stop;
+use super::{Stop, Tasks};
 use crate::{
     BenchError, Outcome, Target,
     measure::{self, Observer, Timing},
@@ -70,12 +69,12 @@ impl ConnectLoad {
                 stop: stop.clone(),
                 turns: Turns::new(pace, began, task, self.tokens.len()),
             };
-            tokio::spawn(caller.run())
+            caller.run()
         };
-        let tasks: Vec<_> = self.tokens.iter().enumerate().map(task).collect();
+        let tasks = Tasks::start(self.tokens.iter().enumerate().map(task));
         let outcomes = measure::measure(&self.target, timing, &meters, observer).await;
         stop.now();
-        join_all(tasks).await;
+        tasks.ended().await?;
         outcomes
     }
 }

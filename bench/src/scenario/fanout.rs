@@ -16,7 +16,7 @@ use stentor_client::{Client, EventKind, From, Incoming, UserId};
 use tokio::task::JoinHandle;
 
 use super::{
-    Stop,
+    Stop, Tasks,
     lane::{Gate, LATE, Lane, SENT},
     send,
     spread::SENDS_PER_SESSION,
@@ -179,12 +179,11 @@ impl FanoutLoad {
     /// Sends and measures deliveries; may be called again.
     pub async fn run(&self, pace: Pace, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
         let (stop, began) = (Stop::default(), Instant::now());
-        let lanes =
-            (0..self.talks.len()).map(|n| self.lane(n, pace).run(pace, began, Arc::clone(&self.meters), stop.clone()));
-        let lanes: Vec<_> = lanes.map(tokio::spawn).collect();
+        let lane = |n| self.lane(n, pace).run(pace, began, Arc::clone(&self.meters), stop.clone());
+        let lanes = Tasks::start((0..self.talks.len()).map(lane));
         let outcomes = measure::measure(&self.target, timing, &self.meters, observer).await;
         stop.now();
-        join_all(lanes).await;
+        lanes.ended().await?;
         let outcomes = outcomes?;
         self.count().await?;
         Ok(outcomes)

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use stentor_client::{Client, History, Item, Message};
 
 use super::{
-    Stop, send,
+    Stop, Tasks, send,
     spread::SENDS_PER_SESSION,
     talk::{self, Talk},
 };
@@ -98,12 +98,12 @@ impl HistoryLoad {
                 meters: Arc::clone(&meters),
                 stop: stop.clone(),
             };
-            tokio::spawn(reader.run())
+            reader.run()
         });
-        let spawned: Vec<_> = spawned.collect();
+        let spawned = Tasks::start(spawned);
         let outcomes = measure::measure(&self.target, timing, &meters, observer).await;
         stop.now();
-        join_all(spawned).await;
+        spawned.ended().await?;
         outcomes
     }
 

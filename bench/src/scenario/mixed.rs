@@ -26,7 +26,7 @@ use stentor_client::{Client, ConversationId, EventKind, Incoming, UserId};
 use tokio::time::sleep_until;
 
 use super::{
-    Stop,
+    Stop, Tasks,
     lane::{LATE, Lane, SENT},
     send,
     spread::SENDS_PER_SESSION,
@@ -84,7 +84,7 @@ impl Default for MixedSettings {
             conversations: 2_000,
             largest: 1_000,
             zipf: 1.0,
-            rate_per_s: 500.0,
+            rate_per_s: 200.0,
             churn: 5.0,
             body: BodySize::Bytes(120),
             seed: 1,
@@ -169,19 +169,16 @@ impl MixedLoad {
         let connected = stream::iter(0..self.settings.users).map(|n| Person::connect(self, n, &meters, &reading));
         let people: Vec<Person> = connected.buffer_unordered(CONNECTING).try_collect().await?;
         let positions: Vec<(usize, Positions)> = people.iter().map(|p| (p.n, Arc::clone(&p.positions))).collect();
-        let people: Vec<_> = people.into_iter().map(|person| tokio::spawn(person.live())).collect();
+        let people = Tasks::start(people.into_iter().map(Person::live));
         let (pace, began) = (Pace::Open { rate_per_s: self.settings.rate_per_s }, Instant::now());
-        let lanes =
-            (0..self.writers.len()).map(|n| self.lane(n).run(pace, began, Arc::clone(&meters), writing.clone()));
-        let lanes: Vec<_> = lanes.map(tokio::spawn).collect();
+        let lane = |n| self.lane(n).run(pace, began, Arc::clone(&meters), writing.clone());
+        let lanes = Tasks::start((0..self.writers.len()).map(lane));
         let outcomes = measure::measure(&self.target, timing, &meters, observer).await;
         writing.now();
-        join_all(lanes).await;
+        lanes.ended().await?;
         let counted = self.count(&positions).await;
         reading.now();
-        for ended in join_all(people).await {
-            ended.map_err(BenchError::cluster)??;
-        }
+        people.ended().await?.into_iter().collect::<Result<(), BenchError>>()?;
         counted.and(outcomes)
     }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use stentor_client::{Client, UserId};
 
 use super::{
-    Stop,
+    Stop, Tasks,
     lane::{LATE, Lane},
     spread::{self, Plan},
     talk::{self, Talk},
@@ -88,12 +88,11 @@ impl SendLoad {
         }
         let (meters, stop) = (Arc::new(meters), Stop::default());
         let began = Instant::now();
-        let tasks: Vec<_> = (0..self.plan.lanes.len())
-            .map(|n| tokio::spawn(self.lane(n).run(pace, began, Arc::clone(&meters), stop.clone())))
-            .collect();
+        let lane = |n| self.lane(n).run(pace, began, Arc::clone(&meters), stop.clone());
+        let tasks = Tasks::start((0..self.plan.lanes.len()).map(lane));
         let outcomes = measure::measure(&self.target, timing, &meters, observer).await;
         stop.now();
-        join_all(tasks).await;
+        tasks.ended().await?;
         let outcomes = outcomes?;
         self.count().await?;
         Ok(outcomes)

@@ -217,7 +217,7 @@ pub(crate) struct MixedBenchArgs {
     #[arg(long, value_name = "ZIPF", default_value_t = 1.0, value_parser = seconds)]
     pub(crate) zipf: f64,
     /// Messages a second
-    #[arg(long, value_name = "N", default_value_t = 500.0, value_parser = rate)]
+    #[arg(long, value_name = "N", default_value_t = 200.0, value_parser = rate)]
     pub(crate) rate: f64,
     /// Devices of a thousand that go away each second
     #[arg(long, value_name = "N", default_value_t = 5.0, value_parser = seconds)]

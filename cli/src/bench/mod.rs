@@ -15,7 +15,6 @@ use work::Work;
 
 use crate::{
     args::bench::{BenchVerb, CompareArgs, RunArgs},
-    cluster_file,
     dev::stop_signal,
     failure::Failure,
     output::Output,
@@ -41,7 +40,7 @@ pub(crate) async fn run(verb: BenchVerb, output: Output) -> Result<(), Failure> 
         () = stop => return Err(Failure::failed("stopped before it was measured")),
     };
     if let Some(path) = &run.html {
-        cluster_file::replace(path, report::page(&report).as_bytes())
+        std::fs::write(path, report::page(&report))
             .map_err(|error| Failure::failed(format_args!("cannot write {}: {error}", path.display())))?;
     }
     print::report(&report, output)
