@@ -160,7 +160,8 @@ fn repeats(page: &mut String, runs: &[Outcome], median: f64) {
     }
     let line = y(median);
     let right = LEFT + step * runs.len() as f64;
-    let _ = write!(page, "<path d='M{LEFT} {line:.1}H{right:.1}' stroke='{}' stroke-dasharray='4 4'/></svg>", COLOURS[1]);
+    let _ =
+        write!(page, "<path d='M{LEFT} {line:.1}H{right:.1}' stroke='{}' stroke-dasharray='4 4'/></svg>", COLOURS[1]);
 }
 
 /// Latency against "one of so many", both on logarithmic scales.

@@ -124,7 +124,7 @@ mod tests {
         assert_eq!(plan(64, 64, 16).unwrap().sessions, 16);
         assert_eq!(plan(2, 2, 16).unwrap().sessions, 2);
         let many = plan(64, 1_024, 1_000).unwrap();
-        assert_eq!((many.sessions, many.lanes.len(), many.lanes[0].window), (1_024, 1_024, 1));
+        assert_eq!((many.sessions, many.lanes.len(), many.lanes[0].window), (1_000, 1_024, 1));
         assert!(plan(0, 1, 1).is_err() && plan(1, 0, 1).is_err());
     }
 }
