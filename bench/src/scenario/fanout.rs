@@ -120,7 +120,7 @@ impl FanoutLoad {
         let users = Users { settings: s, target };
         let wanted =
             senders.iter().enumerate().map(|(n, sender)| Ok((sender.clone(), target.named("fanout", n), users.of(n)?)));
-        let talks = talk::create_all(wanted.collect::<Result<_, BenchError>>()?).await?;
+        let talks = talk::create_all(wanted.collect::<Result<_, BenchError>>()?, None).await?;
         let gates = talks.iter().map(|_| Arc::new(Gate::new(s.devices, s.window))).collect();
         let meters = Meters::new().with(SENT).with(LATE);
         let meters = Arc::new(if s.cursors { meters.with(DELIVERY) } else { meters });

@@ -75,7 +75,7 @@ impl HistoryLoad {
             let wanted = mine(n).map(|c| (client.clone(), target.named("history", c), Vec::new())).collect();
             let bodies = &bodies;
             async move {
-                let talks = talk::create_all(wanted).await?;
+                let talks = talk::create_all(wanted, None).await?;
                 fill(&client, &talks, s.messages, bodies).await?;
                 Ok::<_, BenchError>((client, talks))
             }

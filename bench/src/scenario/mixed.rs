@@ -158,7 +158,7 @@ impl MixedLoad {
             let users = readers.iter().map(|&user| target.user("person", user)).collect::<Result<_, BenchError>>()?;
             Ok((writers[n % WRITERS].clone(), target.named("mixed", n), users))
         });
-        let talks = talk::create_all(wanted.collect::<Result<_, BenchError>>()?).await?;
+        let talks = talk::create_all(wanted.collect::<Result<_, BenchError>>()?, None).await?;
         Ok(Self { target: target.clone(), settings: s, day, writers, talks, bodies: Arc::new(bodies) })
     }
 

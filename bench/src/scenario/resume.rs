@@ -84,7 +84,7 @@ impl ResumeLoad {
             let users = devices.map(|device| target.user("away", device)).collect::<Result<_, BenchError>>()?;
             Ok((writers[n % WRITERS].clone(), target.named("resume", n), users))
         });
-        let talks = talk::create_all(wanted.collect::<Result<_, BenchError>>()?).await?;
+        let talks = talk::create_all(wanted.collect::<Result<_, BenchError>>()?, None).await?;
         let load = Self { target: target.clone(), settings: s, writers, talks, bodies, sent: 0 };
         load.come_back(&Observer::none(), 0).await?;
         Ok(load)

@@ -70,7 +70,9 @@ impl SendLoad {
             let others = sessions[1..].iter().map(|&session| users[session].clone()).collect();
             (clients[sessions[0]].clone(), target.named("send", n), others)
         });
-        let talks = talk::create_all(wanted.collect()).await?;
+        // With a window smaller than the conversations a warm-up would not get round to all of them.
+        let first = (settings.conversations > settings.window).then(|| bodies.get(0));
+        let talks = talk::create_all(wanted.collect(), first.as_ref()).await?;
         let owners = members.iter().map(|sessions| sessions[0]).collect();
         Ok(Self { target: target.clone(), clients, talks, plan, bodies: Arc::new(bodies), owners })
     }

@@ -43,7 +43,19 @@ pub(crate) async fn run(verb: BenchVerb, output: Output) -> Result<(), Failure> 
         std::fs::write(path, report::page(&report))
             .map_err(|error| Failure::failed(format_args!("cannot write {}: {error}", path.display())))?;
     }
+    warn(&report, output);
     print::report(&report, output)
+}
+
+/// What makes figures worth less than they look.
+fn warn(report: &Report, output: Output) {
+    let machine = &report.machine;
+    if report.cluster.local && machine.file_system == "tmpfs" {
+        output.news("the cluster's folder was in memory, where an fsync costs nothing: set TMPDIR");
+    }
+    if machine.load_before > machine.cpus as f64 * 0.5 {
+        output.news(&format!("the machine was not quiet before: load {}", machine.load_before));
+    }
 }
 
 /// Finds or starts the cluster, and puts it under load.
