@@ -49,9 +49,11 @@ pub struct Live {
     pub errors: u64,
 }
 
+type Watch = dyn Fn(&Live) + Send + Sync;
+
 /// Who watches; called a few times a second.
 #[derive(Clone, Default)]
-pub struct Observer(Option<Arc<dyn Fn(&Live) + Send + Sync>>);
+pub struct Observer(Option<Arc<Watch>>);
 
 impl std::fmt::Debug for Observer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -70,7 +72,7 @@ impl Observer {
         Self(Some(Arc::new(watch)))
     }
 
-    fn look(&self, repeat: u32, began: Instant, meters: &Meters) {
+    pub(crate) fn look(&self, repeat: u32, began: Instant, meters: &Meters) {
         let Some(watch) = &self.0 else { return };
         let (elapsed, tally) = (began.elapsed(), meters.units.peek());
         watch(&Live {

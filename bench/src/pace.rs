@@ -51,6 +51,28 @@ impl Schedule {
     }
 }
 
+/// When a task that does one thing at a time begins the next.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Turns(Option<Schedule>);
+
+impl Turns {
+    /// The `task`-th of `tasks`.
+    pub(crate) fn new(pace: Pace, began: Instant, task: usize, tasks: usize) -> Self {
+        match pace {
+            Pace::Closed => Self(None),
+            Pace::Open { rate_per_s } => Self(Some(Schedule::new(began, rate_per_s, task, tasks))),
+        }
+    }
+
+    /// Waits for the next one; since when it counts.
+    pub(crate) async fn next(&mut self) -> Instant {
+        let Some(schedule) = &mut self.0 else { return Instant::now() };
+        let due = schedule.due();
+        tokio::time::sleep_until(due.into()).await;
+        schedule.take(Instant::now()).unwrap_or(due)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

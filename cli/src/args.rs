@@ -531,6 +531,11 @@ mod tests {
             "bench idle --local --devices 5000 --conversations 5",
             "bench peers --only one-64 --only cursors --quick --repeats 5 --json",
             "bench peers --list",
+            "bench cursors --local --devices 100 --window 64",
+            "bench resume --local --devices 10000 --conversations 20 --missed 5 --within 1",
+            "bench history --dir d --conversations 100000 --messages 50 --page 50",
+            "bench mixed --local --users 10000 --largest 10000 --zipf 1.1 --rate 1000 --churn 10 --json",
+            "bench compare a.json b.json --json",
         ] {
             assert!(parse(line).is_ok(), "{line}: {}", parse(line).err().unwrap());
         }

@@ -1,8 +1,8 @@
 //! Two reports of the same work: what changed beyond noise. Must never call noise a change because a figure is shown
 //! with many digits, nor call two works the same that were not.
 //!
-//! A figure has changed when the 99 % interval of its ratio (Welch's t on the logarithms of the repeats) does not
-//! contain 1, and the ratio of the medians is further from 1 than the figure's floor. The floor stands for what repeats
+//! A figure has changed when the 99 % interval of its ratio (Student's t on the logarithms of the repeats, whose noise is
+//! taken to be the same on both sides: three repeats are too few for two of them) does not contain 1, and the ratio of the medians is further from 1 than the figure's floor. The floor stands for what repeats
 //! of one run cannot show: another run has other leaders, another layout of memory, another minute of the disk.
 
 use serde::Serialize;
@@ -36,7 +36,12 @@ const FIGURES: &[Figure] = &[
     Figure { name: "server_cpu_us", better: Better::Lower, floor: 0.03, of: |o| o.server_cpu_us },
     Figure { name: "client_cpu_us", better: Better::Lower, floor: 0.05, of: |o| o.client_cpu_us },
     Figure { name: "flushes_per_message", better: Better::Lower, floor: 0.10, of: |o| o.flushes_per_message },
-    Figure { name: "bytes_written_per_message", better: Better::Lower, floor: 0.05, of: |o| o.bytes_written_per_message },
+    Figure {
+        name: "bytes_written_per_message",
+        better: Better::Lower,
+        floor: 0.05,
+        of: |o| o.bytes_written_per_message,
+    },
 ];
 /// Of figures that only some works have.
 const OTHER_FLOOR: f64 = 0.05;
@@ -95,7 +100,8 @@ pub fn compare(before: &Report, after: &Report) -> Result<Vec<Change>, BenchErro
             changes.extend(change(&phase.name, figure.name, figure.better, figure.floor, &old, &new));
         }
         for name in phase.median.figures.keys().filter(|name| name.contains("_bytes_per_")) {
-            let of = |runs: &[Outcome]| runs.iter().filter_map(|run| run.figures.get(name).copied()).collect::<Vec<_>>();
+            let of =
+                |runs: &[Outcome]| runs.iter().filter_map(|run| run.figures.get(name).copied()).collect::<Vec<_>>();
             let (old, new) = (of(&phase.runs), of(&other.runs));
             changes.extend(change(&phase.name, name, Better::Lower, OTHER_FLOOR, &old, &new));
         }
@@ -146,22 +152,19 @@ fn interval(old: &[f64], new: &[f64]) -> Option<(f64, f64)> {
     if !enough || old.iter().chain(new).any(|value| *value <= 0.0) {
         return None;
     }
-    let ((mean_old, of_old), (mean_new, of_new)) = (log_mean(old), log_mean(new));
-    let error = (of_old + of_new).sqrt();
-    // Welch–Satterthwaite; rounded down, which widens the interval.
-    let degrees = |part: f64, count: usize| part * part / (count as f64 - 1.0);
-    let freedom = (of_old + of_new).powi(2) / (degrees(of_old, old.len()) + degrees(of_new, new.len()));
-    let half = t_99(if freedom.is_finite() { freedom } else { 1e9 }) * error;
+    let ((mean_old, squares_old), (mean_new, squares_new)) = (log_mean(old), log_mean(new));
+    let (count_old, count_new) = (old.len() as f64, new.len() as f64);
+    let freedom = count_old + count_new - 2.0;
+    let variance = (squares_old + squares_new) / freedom;
+    let half = t_99(freedom) * (variance * (1.0 / count_old + 1.0 / count_new)).sqrt();
     let difference = mean_new - mean_old;
     Some(((difference - half).exp(), (difference + half).exp()))
 }
 
-/// Mean of the logarithms, and the square of its standard error.
+/// Mean of the logarithms, and the sum of the squares of what they are off it.
 fn log_mean(values: &[f64]) -> (f64, f64) {
-    let count = values.len() as f64;
-    let mean = values.iter().map(|value| value.ln()).sum::<f64>() / count;
-    let variance = values.iter().map(|value| (value.ln() - mean).powi(2)).sum::<f64>() / (count - 1.0);
-    (mean, variance / count)
+    let mean = values.iter().map(|value| value.ln()).sum::<f64>() / values.len() as f64;
+    (mean, values.iter().map(|value| (value.ln() - mean).powi(2)).sum())
 }
 
 /// Student's t that 99 % of a distribution lie within.

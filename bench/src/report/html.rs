@@ -17,7 +17,8 @@ svg text{fill:#bbb}}";
 const COLOURS: [&str; 7] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999"];
 const WIDTH: f64 = 760.0;
 const HEIGHT: f64 = 300.0;
-const LEFT: f64 = 60.0;
+const LEFT: f64 = 76.0;
+const RIGHT: f64 = 36.0;
 const BOTTOM: f64 = 40.0;
 const TOP: f64 = 12.0;
 
@@ -158,7 +159,9 @@ fn repeats(page: &mut String, runs: &[Outcome], median: f64) {
         );
     }
     let line = y(median);
-    let _ = write!(page, "<path d='M{LEFT} {line:.1}H{WIDTH}' stroke='{}' stroke-dasharray='4 4'/></svg>", COLOURS[1]);
+    let right = LEFT + step * runs.len() as f64;
+    let _ =
+        write!(page, "<path d='M{LEFT} {line:.1}H{right:.1}' stroke='{}' stroke-dasharray='4 4'/></svg>", COLOURS[1]);
 }
 
 /// Latency against "one of so many", both on logarithmic scales.
@@ -167,7 +170,7 @@ fn curves(page: &mut String, phases: &[Phase]) {
     let lowest = points().map(|(_, ms)| *ms).fold(f64::INFINITY, f64::min).log10().floor();
     let highest = points().map(|(_, ms)| *ms).fold(0.0, f64::max).log10().ceil().max(lowest + 1.0);
     let rarest = points().filter(|(p, _)| *p < 100.0).map(|(p, _)| one_of(*p)).fold(1.0, f64::max).ceil();
-    let x = |percent: f64| LEFT + one_of(percent).min(rarest) / rarest * (WIDTH - LEFT - 10.0);
+    let x = |percent: f64| LEFT + one_of(percent).min(rarest) / rarest * (WIDTH - LEFT - RIGHT);
     let y = |ms: f64| TOP + (highest - ms.log10()) / (highest - lowest) * (HEIGHT - BOTTOM - TOP);
     open(page, HEIGHT + 18.0 * phases.len() as f64);
     for decade in 0..=rarest as u32 {
@@ -182,10 +185,10 @@ fn curves(page: &mut String, phases: &[Phase]) {
         );
     }
     for decade in lowest as i32..=highest as i32 {
-        let (ms, at) = (10f64.powi(decade), y(10f64.powi(decade)));
+        let (ms, at, right) = (10f64.powi(decade), y(10f64.powi(decade)), WIDTH - RIGHT);
         let _ = write!(
             page,
-            "<path d='M{LEFT} {at:.1}H{WIDTH}' stroke='#8884'/><text x='{:.1}' y='{:.1}' text-anchor=end>{} ms</text>",
+            "<path d='M{LEFT} {at:.1}H{right}' stroke='#8884'/><text x='{:.1}' y='{:.1}' text-anchor=end>{} ms</text>",
             LEFT - 6.0,
             at + 4.0,
             short(ms)

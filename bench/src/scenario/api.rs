@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use futures_util::{StreamExt, TryStreamExt, future::join_all, stream};
+use futures_util::{StreamExt, TryStreamExt, stream};
 use stentor_client::ConversationKind;
 use stentor_proto::v1::{
     CreateRequest, Send, SendAnswer, ShowRequest, conversations_client::ConversationsClient,
@@ -19,7 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status, Streaming, metadata::AsciiMetadataValue};
 
 use super::{
-    Stop,
+    Stop, Tasks,
     send::SendSettings,
     spread::{self, Plan},
     talk::Talk,
@@ -105,11 +105,11 @@ impl ApiLoad {
                 Pace::Open { rate_per_s } => Some(Schedule::new(began, rate_per_s, number, self.plan.lanes.len())),
             },
         });
-        let tasks: Vec<_> = lanes.map(|lane| tokio::spawn(lane.run())).collect();
+        let tasks = Tasks::start(lanes.map(Lane::run));
         let outcomes = measure::measure(&self.target, timing, &meters, observer).await;
         stop.now();
-        for (number, ended) in join_all(tasks).await.into_iter().enumerate() {
-            self.numbers[number] = ended.map_err(BenchError::cluster)?;
+        for (number, last_no) in tasks.ended().await? {
+            self.numbers[number] = last_no;
         }
         let outcomes = outcomes?;
         self.count().await?;
@@ -188,8 +188,8 @@ struct Lane {
 }
 
 impl Lane {
-    /// Sends until it is told to stop; returns the number of its last send.
-    async fn run(mut self) -> u64 {
+    /// Sends until it is told to stop; returns its own number and that of its last send.
+    async fn run(mut self) -> (usize, u64) {
         let (sends, queue) = mpsc::channel(self.window);
         let request = self.caller.request(ReceiverStream::new(queue));
         let mut client = MessagesClient::new(self.caller.channel.clone());
@@ -197,7 +197,7 @@ impl Lane {
             Ok(answers) => answers.into_inner(),
             Err(status) => {
                 self.meters.units.fail(self.number, &status.message());
-                return self.last_no;
+                return (self.number, self.last_no);
             }
         };
         if let Err(status) = self.converse(sends, answers).await {
@@ -205,7 +205,7 @@ impl Lane {
             // What was sent and not answered may be there.
             self.talk.unknown.fetch_add(self.waiting.len() as u64, Ordering::Relaxed);
         }
-        self.last_no
+        (self.number, self.last_no)
     }
 
     async fn converse(&mut self, sends: mpsc::Sender<Send>, mut answers: Streaming<SendAnswer>) -> Result<(), Status> {

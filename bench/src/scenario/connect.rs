@@ -3,15 +3,15 @@
 
 use std::{sync::Arc, time::Instant};
 
-use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use stentor_client::Client;
 
-use super::Stop;
+use super::{Stop, Tasks};
 use crate::{
     BenchError, Outcome, Target,
     measure::{self, Observer, Timing},
     meter::Meters,
+    pace::{Pace, Turns},
 };
 
 /// Devices of each task, in turn: a user may open only so many sessions a second.
@@ -57,8 +57,8 @@ impl ConnectLoad {
     }
 
     /// Connects and measures; may be called again.
-    pub async fn run(&self, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
-        let (meters, stop) = (Arc::new(Meters::new()), Stop::default());
+    pub async fn run(&self, pace: Pace, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
+        let (meters, stop, began) = (Arc::new(Meters::new()), Stop::default(), Instant::now());
         let task = |(task, tokens): (usize, &Arc<Vec<String>>)| {
             let caller = Caller {
                 task,
@@ -67,13 +67,14 @@ impl ConnectLoad {
                 tokens: Arc::clone(tokens),
                 meters: Arc::clone(&meters),
                 stop: stop.clone(),
+                turns: Turns::new(pace, began, task, self.tokens.len()),
             };
-            tokio::spawn(caller.run())
+            caller.run()
         };
-        let tasks: Vec<_> = self.tokens.iter().enumerate().map(task).collect();
+        let tasks = Tasks::start(self.tokens.iter().enumerate().map(task));
         let outcomes = measure::measure(&self.target, timing, &meters, observer).await;
         stop.now();
-        join_all(tasks).await;
+        tasks.ended().await?;
         outcomes
     }
 }
@@ -85,16 +86,18 @@ struct Caller {
     tokens: Arc<Vec<String>>,
     meters: Arc<Meters>,
     stop: Stop,
+    turns: Turns,
 }
 
 impl Caller {
-    async fn run(self) {
+    async fn run(mut self) {
         let mut took = Vec::new();
-        for token in self.tokens.iter().cycle() {
+        let tokens = Arc::clone(&self.tokens);
+        for token in tokens.iter().cycle() {
+            let began = self.turns.next().await;
             if self.stop.is_set() {
                 return;
             }
-            let began = Instant::now();
             match self.connect(token.clone()).await {
                 Ok(client) => {
                     took.push(began.elapsed());

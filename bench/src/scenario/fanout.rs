@@ -1,6 +1,6 @@
-//! `fanout`: messages into conversations with many devices, each of which must get every one of them. Units are
-//! deliveries; their latency is from when the message was due to when the device's program has it. Must never end before
-//! every device has everything.
+//! `fanout` and `cursors`: messages into conversations with many devices, each of which must get every one of them. Units
+//! are deliveries, and in `cursors` those that the device's durable cursor has passed; latencies are from when the
+//! message was due. Must never end before every device has everything.
 
 use std::{
     sync::{
@@ -16,7 +16,7 @@ use stentor_client::{Client, EventKind, From, Incoming, UserId};
 use tokio::task::JoinHandle;
 
 use super::{
-    Stop,
+    Stop, Tasks,
     lane::{Gate, LATE, Lane, SENT},
     send,
     spread::SENDS_PER_SESSION,
@@ -51,7 +51,7 @@ pub struct FanoutSettings {
     pub window: usize,
     /// How long bodies are.
     pub body: BodySize,
-    /// Devices say what they have: their durable cursors move.
+    /// Devices say what they have, and what counts is that their durable cursors move.
     pub cursors: bool,
 }
 
@@ -120,9 +120,10 @@ impl FanoutLoad {
         let users = Users { settings: s, target };
         let wanted =
             senders.iter().enumerate().map(|(n, sender)| Ok((sender.clone(), target.named("fanout", n), users.of(n)?)));
-        let talks = talk::create_all(wanted.collect::<Result<_, BenchError>>()?).await?;
+        let talks = talk::create_all(wanted.collect::<Result<_, BenchError>>()?, None).await?;
         let gates = talks.iter().map(|_| Arc::new(Gate::new(s.devices, s.window))).collect();
-        let meters = Arc::new(Meters::new().with(SENT).with(LATE).with(CURSOR));
+        let meters = Meters::new().with(SENT).with(LATE);
+        let meters = Arc::new(if s.cursors { meters.with(DELIVERY) } else { meters });
         let mut load = Self {
             target: target.clone(),
             meters,
@@ -178,12 +179,11 @@ impl FanoutLoad {
     /// Sends and measures deliveries; may be called again.
     pub async fn run(&self, pace: Pace, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
         let (stop, began) = (Stop::default(), Instant::now());
-        let lanes =
-            (0..self.talks.len()).map(|n| self.lane(n, pace).run(pace, began, Arc::clone(&self.meters), stop.clone()));
-        let lanes: Vec<_> = lanes.map(tokio::spawn).collect();
+        let lane = |n| self.lane(n, pace).run(pace, began, Arc::clone(&self.meters), stop.clone());
+        let lanes = Tasks::start((0..self.talks.len()).map(lane));
         let outcomes = measure::measure(&self.target, timing, &self.meters, observer).await;
         stop.now();
-        join_all(lanes).await;
+        lanes.ended().await?;
         let outcomes = outcomes?;
         self.count().await?;
         Ok(outcomes)
@@ -238,8 +238,8 @@ impl FanoutLoad {
     }
 }
 
-/// From the message's due time to the server's word that the device's cursor has passed it.
-const CURSOR: &str = "cursor";
+/// Deliveries, where the units are cursor moves.
+const DELIVERY: &str = "delivery";
 
 impl Seen {
     fn is_complete(&self, messages: u64, with_cursor: bool) -> bool {
@@ -287,8 +287,9 @@ impl Reader {
                     self.client.delivered(&self.talk.id, last);
                 }
             }
-            noted.hand_on(&meters.units, self.number);
-            acked.hand_on(meters.other(CURSOR), self.number);
+            // There is no such meter where deliveries are the units.
+            noted.hand_on(meters.other(DELIVERY), self.number);
+            acked.hand_on(&meters.units, self.number);
             self.seen.received.fetch_add(received, Ordering::Relaxed);
             self.gate.deliver(received);
         }

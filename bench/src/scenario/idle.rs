@@ -115,7 +115,7 @@ impl IdleLoad {
             .collect::<Result<_, BenchError>>()?;
         let name = |n| self.target.named(&format!("idle{repeat}"), n);
         let wanted = (0..self.settings.conversations).map(|n| (owner.clone(), name(n), users.clone()));
-        let talks = talk::create_all(wanted.collect()).await?;
+        let talks = talk::create_all(wanted.collect(), None).await?;
         owner.close().await;
         Ok(talks)
     }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use stentor_client::{Client, UserId};
 
 use super::{
-    Stop,
+    Stop, Tasks,
     lane::{LATE, Lane},
     spread::{self, Plan},
     talk::{self, Talk},
@@ -70,7 +70,9 @@ impl SendLoad {
             let others = sessions[1..].iter().map(|&session| users[session].clone()).collect();
             (clients[sessions[0]].clone(), target.named("send", n), others)
         });
-        let talks = talk::create_all(wanted.collect()).await?;
+        // With a window smaller than the conversations a warm-up would not get round to all of them.
+        let first = (settings.conversations > settings.window).then(|| bodies.get(0));
+        let talks = talk::create_all(wanted.collect(), first.as_ref()).await?;
         let owners = members.iter().map(|sessions| sessions[0]).collect();
         Ok(Self { target: target.clone(), clients, talks, plan, bodies: Arc::new(bodies), owners })
     }
@@ -88,12 +90,11 @@ impl SendLoad {
         }
         let (meters, stop) = (Arc::new(meters), Stop::default());
         let began = Instant::now();
-        let tasks: Vec<_> = (0..self.plan.lanes.len())
-            .map(|n| tokio::spawn(self.lane(n).run(pace, began, Arc::clone(&meters), stop.clone())))
-            .collect();
+        let lane = |n| self.lane(n).run(pace, began, Arc::clone(&meters), stop.clone());
+        let tasks = Tasks::start((0..self.plan.lanes.len()).map(lane));
         let outcomes = measure::measure(&self.target, timing, &meters, observer).await;
         stop.now();
-        join_all(tasks).await;
+        tasks.ended().await?;
         let outcomes = outcomes?;
         self.count().await?;
         Ok(outcomes)

@@ -31,8 +31,11 @@ pub(crate) fn plan(conversations: usize, window: usize, sessions: usize) -> Resu
     if conversations == 0 || window == 0 {
         return Err(BenchError::Settings("at least one conversation and a window of at least 1 are needed".into()));
     }
-    let lanes =
-        if conversations >= window { in_turn(conversations, window) } else { side_by_side(conversations, window) };
+    let lanes = if conversations >= window {
+        in_turn(conversations, window)
+    } else {
+        side_by_side(conversations, window, sessions)
+    };
     Ok(seat(lanes, sessions))
 }
 
@@ -42,12 +45,13 @@ fn in_turn(conversations: usize, window: usize) -> Vec<LanePlan> {
     (0..window).map(|lane| LanePlan { session: 0, conversations: of(lane), window: 1 }).collect()
 }
 
-/// Each conversation has its part of the window, and as many lanes as that needs.
-fn side_by_side(conversations: usize, window: usize) -> Vec<LanePlan> {
+/// Each conversation has its part of the window, and as many lanes as that needs or as devices want to send.
+fn side_by_side(conversations: usize, window: usize, sessions: usize) -> Vec<LanePlan> {
     let mut lanes = Vec::new();
+    let at_least = sessions.div_ceil(conversations);
     for conversation in 0..conversations {
         let share = window / conversations + usize::from(conversation < window % conversations);
-        let parts = share.div_ceil(SENDS_PER_SESSION);
+        let parts = share.div_ceil(SENDS_PER_SESSION).max(at_least).min(share);
         for part in 0..parts {
             let window = share / parts + usize::from(part < share % parts);
             lanes.push(LanePlan { session: 0, conversations: vec![conversation], window });
@@ -119,6 +123,8 @@ mod tests {
     fn more_devices_are_used_if_asked_for_and_there_is_work() {
         assert_eq!(plan(64, 64, 16).unwrap().sessions, 16);
         assert_eq!(plan(2, 2, 16).unwrap().sessions, 2);
+        let many = plan(64, 1_024, 1_000).unwrap();
+        assert_eq!((many.sessions, many.lanes.len(), many.lanes[0].window), (1_000, 1_024, 1));
         assert!(plan(0, 1, 1).is_err() && plan(1, 0, 1).is_err());
     }
 }

@@ -1,13 +1,17 @@
 //! Conversations that a load talks in: made before it, counted after it. Must never take an acknowledged message that is
 //! not there for a success.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
+use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
-use stentor_client::{Client, ConversationId, Create, Role, UserId};
+use stentor_client::{Client, ConversationId, Create, Message, Role, UserId};
 
 use crate::BenchError;
 
@@ -15,6 +19,8 @@ use crate::BenchError;
 const CALLS: usize = 8;
 /// Participants that a creation may name.
 const NAMED_AT_CREATION: usize = 2_000;
+/// More of them at the same time only wait for the brokers.
+const CREATING_SESSIONS: usize = 32;
 /// So many conversations are counted after a run; of more, as many spread over all.
 const COUNTED: usize = 2_000;
 
@@ -30,29 +36,39 @@ pub(crate) struct Talk {
     pub(crate) unknown: AtomicU64,
 }
 
-/// Creates a conversation of its caller with these participants.
-pub(crate) async fn create(owner: &Client, id: String, participants: &[UserId]) -> Result<Talk, BenchError> {
+/// A conversation that is wanted: whose session creates it, its id, who takes part besides.
+pub(crate) type Wanted = (Client, String, Vec<UserId>);
+
+/// Creates one. With a first message it is sent, and counts for nothing: afterwards the session knows its place in the
+/// conversation, which it would have to ask for under load.
+async fn create((owner, id, participants): Wanted, first: Option<Bytes>) -> Result<Talk, BenchError> {
     let failed = |what: &str| BenchError::client(format!("{what} {id}"));
     let id_of = ConversationId::new(&id).map_err(BenchError::cluster)?;
     let named = participants.len().min(NAMED_AT_CREATION);
     let create = Create::group(participants[..named].iter().cloned()).id(id_of.clone());
     owner.create_conversation(create).await.map_err(failed("create"))?;
     let add = |user: UserId| {
-        let id = id_of.clone();
+        let (owner, id) = (&owner, id_of.clone());
         async move { owner.add(&id, &user, Role::Writer).await }
     };
     let added = stream::iter(participants[named..].to_vec()).map(add).buffer_unordered(CALLS);
     added.try_for_each(async |_| Ok(())).await.map_err(failed("add participants to"))?;
-    Talk::new(&id, owner.show(&id_of).await.map_err(failed("look at"))?.head)
+    let base = match first {
+        None => owner.show(&id_of).await.map_err(failed("look at"))?.head,
+        Some(body) => {
+            let sent = owner.send(&id_of, Message::bytes(String::new(), body)).await;
+            sent.map_err(failed("send a first message to"))?.seq.0
+        }
+    };
+    Talk::new(&id, base)
 }
 
-/// Creates many, each by one of its owner's sessions: (owner, name, further participants).
-pub(crate) async fn create_all(wanted: Vec<(Client, String, Vec<UserId>)>) -> Result<Vec<Arc<Talk>>, BenchError> {
-    let sessions = wanted.iter().map(|(owner, ..)| owner.identity().map(|i| i.user.clone())).collect::<Vec<_>>();
-    let distinct = sessions.iter().collect::<std::collections::HashSet<_>>().len().max(1);
-    let made = stream::iter(wanted)
-        .map(|(owner, id, participants)| async move { create(&owner, id, &participants).await.map(Arc::new) });
-    made.buffered(CALLS * distinct.min(16)).try_collect().await
+/// Creates many, in their order, with as much under way as the sessions carry.
+pub(crate) async fn create_all(wanted: Vec<Wanted>, first: Option<&Bytes>) -> Result<Vec<Arc<Talk>>, BenchError> {
+    let users = wanted.iter().filter_map(|(owner, ..)| owner.identity()).map(|identity| &identity.user);
+    let sessions = users.collect::<HashSet<_>>().len().clamp(1, CREATING_SESSIONS);
+    let made = stream::iter(wanted).map(|wanted| async move { create(wanted, first.cloned()).await.map(Arc::new) });
+    made.buffered(CALLS * sessions).try_collect().await
 }
 
 /// Looks whether the conversations have what was acknowledged: (reader, conversation).
@@ -73,6 +89,11 @@ impl Talk {
     pub(crate) fn new(id: &str, base: u64) -> Result<Self, BenchError> {
         let id = ConversationId::new(id).map_err(BenchError::cluster)?;
         Ok(Self { id, base, acknowledged: AtomicU64::new(0), unknown: AtomicU64::new(0) })
+    }
+
+    /// The seq of the last message that was acknowledged, if all came one after the other.
+    pub(crate) fn least_head(&self) -> u64 {
+        self.base + self.acknowledged.load(Ordering::Relaxed)
     }
 
     /// Whether what is there is what was acknowledged.

@@ -40,7 +40,9 @@ pub struct Local {
 impl Local {
     /// Starts one with the binary `stentor`; returns when all nodes are ready.
     pub async fn start(binary: &Path, size: Size) -> Result<Self, BenchError> {
-        let folder = tempfile::Builder::new().prefix("stentor-bench-").tempdir();
+        // Whose it is can be seen from outside.
+        let prefix = format!("stentor-bench-{}-", std::process::id());
+        let folder = tempfile::Builder::new().prefix(&prefix).tempdir();
         let folder = folder.map_err(BenchError::io("make a folder for the cluster"))?;
         // Made before it starts, so that a start that fails or is given up is cleared away too.
         let local = Self { binary: binary.to_owned(), folder };

@@ -11,22 +11,36 @@ pub(crate) enum BenchVerb {
     Send(SendBenchArgs),
     /// Messages until every device has them
     Fanout(FanoutBenchArgs),
+    /// Messages until every device's durable cursor has passed them
+    Cursors(FanoutBenchArgs),
     /// Devices that connect, are authenticated and go away again
     Connect(ConnectBenchArgs),
     /// Devices that are connected and say nothing
     Idle(IdleBenchArgs),
     /// NATS, RabbitMQ, Redis, mosquitto, ejabberd and the physical floors beside us, in turn, in one run
     Peers(PeersBenchArgs),
+    /// Everybody was away and comes back at once
+    Resume(ResumeBenchArgs),
+    /// The last messages of random conversations
+    History(HistoryBenchArgs),
+    /// A day in small: large and small conversations, devices that come and go, receipts
+    Mixed(MixedBenchArgs),
+    /// What changed between two reports beyond noise; ends with 1 when something got worse
+    Compare(CompareArgs),
 }
 
 impl BenchVerb {
     pub(super) fn json(&self) -> bool {
         match self {
             Self::Send(args) => args.run.json,
-            Self::Fanout(args) => args.run.json,
+            Self::Fanout(args) | Self::Cursors(args) => args.run.json,
             Self::Connect(args) => args.run.json,
             Self::Idle(args) => args.run.json,
             Self::Peers(args) => args.json,
+            Self::Resume(args) => args.run.json,
+            Self::History(args) => args.run.json,
+            Self::Mixed(args) => args.run.json,
+            Self::Compare(args) => args.json,
         }
     }
 }
@@ -156,6 +170,104 @@ pub(crate) struct ConnectBenchArgs {
     /// Devices resume their TLS sessions, as those do that come back
     #[arg(long)]
     pub(crate) resumed: bool,
+    /// Open loop: so many connections a second
+    #[arg(long, value_name = "N", value_parser = rate)]
+    pub(crate) rate: Option<f64>,
+}
+
+/// Options of `bench resume`.
+#[derive(Debug, Args)]
+pub(crate) struct ResumeBenchArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// Devices, each of a user of its own
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=20_000))]
+    pub(crate) devices: u32,
+    /// Conversations of each, ten users in one
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    pub(crate) conversations: u32,
+    /// Messages that came in each conversation meanwhile
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub(crate) missed: u32,
+    /// All connect within so many seconds
+    #[arg(long, value_name = "S", default_value_t = 1.0, value_parser = seconds)]
+    pub(crate) within: f64,
+    /// Bytes of a message, or `real`: those of the bundled sample
+    #[arg(long, value_name = "BYTES|real", default_value = "real", value_parser = size)]
+    pub(crate) size: SizeArg,
+}
+
+/// Options of `bench history`.
+#[derive(Debug, Args)]
+pub(crate) struct HistoryBenchArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// Conversations
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) conversations: u32,
+    /// Messages in each
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) messages: u32,
+    /// Events of one page, the last ones
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=200))]
+    pub(crate) page: u32,
+    /// Users who read, each his own conversations
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    pub(crate) sessions: u32,
+    /// Reads of one user at the same time
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub(crate) concurrency: u32,
+    /// Bytes of a message, or `real`: those of the bundled sample
+    #[arg(long, value_name = "BYTES|real", default_value = "real", value_parser = size)]
+    pub(crate) size: SizeArg,
+    /// Open loop: so many pages a second
+    #[arg(long, value_name = "N", value_parser = rate)]
+    pub(crate) rate: Option<f64>,
+}
+
+/// Options of `bench mixed`.
+#[derive(Debug, Args)]
+pub(crate) struct MixedBenchArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// Users who read, each with one device
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=20_000))]
+    pub(crate) users: u32,
+    /// Conversations: of ten, seven have one reader, two 2 to 20, one 20 to `--largest`
+    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) conversations: u32,
+    /// Readers of the largest conversation
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) largest: u32,
+    /// The n-th liveliest conversation gets messages in proportion to 1 / n^ZIPF
+    #[arg(long, value_name = "ZIPF", default_value_t = 1.0, value_parser = seconds)]
+    pub(crate) zipf: f64,
+    /// Messages a second
+    #[arg(long, value_name = "N", default_value_t = 200.0, value_parser = rate)]
+    pub(crate) rate: f64,
+    /// Devices of a thousand that go away each second
+    #[arg(long, value_name = "N", default_value_t = 5.0, value_parser = seconds)]
+    pub(crate) churn: f64,
+    /// Bytes of a message, or `real`: those of the bundled sample
+    #[arg(long, value_name = "BYTES|real", default_value = "real", value_parser = size)]
+    pub(crate) size: SizeArg,
+    /// The same number draws the same day
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+}
+
+/// Options of `bench compare`.
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// The report of before (written by `--json`)
+    #[arg(value_name = "A.json")]
+    pub(crate) before: PathBuf,
+    /// The report of after
+    #[arg(value_name = "B.json")]
+    pub(crate) after: PathBuf,
+    /// Print results as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Options of `bench idle`.

@@ -1,7 +1,10 @@
 //! A report for people, or as one JSON line. Must never round a figure to something that it is not: what is not known
 //! is a dash.
 
-use stentor_bench::{Outcome, Report, report::Phase};
+use stentor_bench::{
+    Outcome, Report,
+    report::{Change, Phase, Verdict},
+};
 
 use crate::{failure::Failure, output::Output};
 
@@ -28,6 +31,46 @@ pub(super) fn report(report: &Report, output: Output) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// Prints a comparison; a failure when something got worse.
+pub(super) fn changes(before: &Report, after: &Report, changes: &[Change], output: Output) -> Result<(), Failure> {
+    if before.machine.cpu != after.machine.cpu || before.machine.cpus != after.machine.cpus {
+        output.notice("the reports are of different machines");
+    }
+    let worse = changes.iter().filter(|change| change.verdict == Verdict::Worse).count();
+    if output.json() {
+        output.value(&serde_json::json!({ "worse": worse, "changes": changes }))?;
+    } else {
+        let mut rows =
+            vec![["phase", "figure", "before", "after", "ratio", "99 % interval", ""].map(str::to_owned).to_vec()];
+        rows.extend(changes.iter().map(|change| changed(change, output)));
+        output.table(&rows)?;
+    }
+    match worse {
+        0 => Ok(()),
+        1 => Err(Failure::failed("one figure got worse")),
+        n => Err(Failure::failed(format_args!("{n} figures got worse"))),
+    }
+}
+
+fn changed(change: &Change, output: Output) -> Vec<String> {
+    let interval = change.interval.map_or_else(|| "-".to_owned(), |(low, high)| format!("{low:.2} to {high:.2}"));
+    let verdict = match change.verdict {
+        Verdict::Same => "same".to_owned(),
+        Verdict::Better => output.verdict(true, "better"),
+        Verdict::Worse => output.verdict(false, "worse"),
+        Verdict::Unknown => "unknown: fewer than 3 repeats".to_owned(),
+    };
+    vec![
+        change.phase.clone(),
+        change.figure.clone(),
+        number(change.before),
+        number(change.after),
+        format!("{:.3}", change.ratio),
+        interval,
+        verdict,
+    ]
 }
 
 fn row(name: &str, outcome: &Outcome) -> Vec<String> {
