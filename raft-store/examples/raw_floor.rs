@@ -10,13 +10,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (value_bytes, batch) = (next()?.parse()?, next()?.parse()?);
     let (warm_up, measured) = (seconds(&next()?)?, seconds(&next()?)?);
     let floor = stentor_raft_store::floor::write(&dir, value_bytes, batch, (warm_up, measured))?;
-    let cpu_us = cpu_us()? * floor.elapsed.as_micros() as u64 / (floor.elapsed + warm_up).as_micros().max(1) as u64;
     let mut batch_us = String::new();
     for (n, took) in floor.batches.iter().enumerate() {
         write!(batch_us, "{}{}", if n == 0 { "" } else { "," }, took.as_micros())?;
     }
     println!(
-        "{{\"seconds\":{},\"entries\":{},\"batches\":{},\"cpu_us\":{cpu_us},\"batch_us\":[{batch_us}]}}",
+        "{{\"seconds\":{},\"entries\":{},\"batches\":{},\"batch_us\":[{batch_us}]}}",
         floor.elapsed.as_secs_f64(),
         floor.entries,
         floor.batches.len()
@@ -26,14 +25,4 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn seconds(text: &str) -> Result<Duration, Box<dyn Error>> {
     Ok(Duration::try_from_secs_f64(text.parse()?)?)
-}
-
-/// CPU time of this process so far, as the kernel counts it (ticks of 10 ms).
-fn cpu_us() -> Result<u64, Box<dyn Error>> {
-    const TICK_US: u64 = 10_000;
-    let stat = std::fs::read_to_string("/proc/self/stat")?;
-    let after_name = stat.rsplit_once(')').ok_or("/proc/self/stat is not as expected")?.1;
-    let mut fields = after_name.split_ascii_whitespace().skip(11);
-    let mut ticks = || fields.next().ok_or("/proc/self/stat is cut short")?.parse::<u64>().map_err(Box::<dyn Error>::from);
-    Ok((ticks()? + ticks()?) * TICK_US)
 }

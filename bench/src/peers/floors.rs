@@ -203,7 +203,6 @@ struct Floor {
     seconds: f64,
     entries: u64,
     batches: u64,
-    cpu_us: u64,
     batch_us: Vec<u64>,
 }
 
@@ -228,8 +227,6 @@ impl Raw {
         let mut took = Histogram::new();
         floor.batch_us.iter().for_each(|us| took.record(Duration::from_micros(*us)));
         let mut outcome = Outcome::counted(floor.seconds, floor.entries, 0, &took);
-        outcome.server_cpu_us = outcome.per_unit(floor.cpu_us as f64);
-        outcome.client_cpu_us = Some(0.0);
         outcome.flushes_per_message = outcome.per_unit(floor.batches as f64);
         Ok(outcome)
     }
