@@ -28,6 +28,8 @@ use crate::{Outcome, Timing, meter::Meters, scenario::Stop};
 
 /// Where Debian puts its code.
 const CODE: &str = "/usr/lib";
+/// Where Debian puts the libraries of Erlang.
+const LIBRARIES: &str = "/usr/lib/erlang/lib";
 const CONNECTING: usize = 8;
 /// A login that takes longer has failed.
 const ONLINE_WITHIN: Duration = Duration::from_secs(60);
@@ -56,14 +58,19 @@ fn code() -> Result<PathBuf, PeerError> {
     found.pop().ok_or_else(|| PeerError::Missing("ejabberd is not installed".into()))
 }
 
+/// Whether its archive can lie in SQLite.
+fn has_sqlite() -> bool {
+    let libraries = std::fs::read_dir(LIBRARIES).into_iter().flatten().flatten();
+    libraries.map(|library| library.file_name()).any(|name| name.to_string_lossy().starts_with("p1_sqlite3"))
+}
+
 impl Ejabberd {
     /// Starts one server; `archive` keeps every message for both sides before it goes on.
     pub async fn start(archive: bool) -> Result<Self, PeerError> {
         let (erl, code, dir, [port]) = (need("erl")?, code()?, folder()?, free_ports()?);
-        if archive && !Path::new("/usr/lib/erlang/lib").read_dir().is_ok_and(|mut libraries| {
-            libraries.any(|library| library.is_ok_and(|l| l.file_name().to_string_lossy().starts_with("p1_sqlite3")))
-        }) {
-            return Err(PeerError::Missing("ejabberd's archive needs erlang-p1-sqlite3, which is not installed".into()));
+        if archive && !has_sqlite() {
+            let missing = "ejabberd's archive needs erlang-p1-sqlite3, which is not installed";
+            return Err(PeerError::Missing(missing.into()));
         }
         let config = dir.path().join("ejabberd.yml");
         write(&config, &configuration(dir.path(), port, archive))?;
@@ -164,7 +171,8 @@ async fn talk(n: usize, one: Client, other: Client, meters: Arc<Meters>, stop: S
 async fn next_body(client: &mut Client) -> Result<String, PeerError> {
     loop {
         match client.next().await {
-            Some(Event::Stanza(Stanza::Message(message))) => match (message.type_, message.bodies.into_values().next()) {
+            Some(Event::Stanza(Stanza::Message(message))) => match (message.type_, message.bodies.into_values().next())
+            {
                 (MessageType::Error, _) => return Err(PeerError::failed("deliver a message", "it was refused")),
                 // The server adds the language of the stream.
                 (_, Some(body)) => return Ok(body),

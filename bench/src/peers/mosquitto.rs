@@ -68,9 +68,7 @@ impl Peer for Mosquitto {
     fn run<'a>(&'a mut self, load: &'a Load, timing: Timing) -> LocalBoxFuture<'a, Result<Outcome, PeerError>> {
         Box::pin(async move {
             match *load {
-                Load::Idle { connections } => {
-                    idle::hold(&self.servers, connections, timing, |n| self.connect(n)).await
-                }
+                Load::Idle { connections } => idle::hold(&self.servers, connections, timing, |n| self.connect(n)).await,
                 _ => Err(PeerError::unable("mosquitto", load)),
             }
         })

@@ -164,8 +164,8 @@ impl Rabbit {
 }
 
 fn configuration(port: u16, between: u16) -> String {
-    let nodes = (0..SERVERS)
-        .map(|n| format!("cluster_formation.classic_config.nodes.{} = rabbit-{n}@localhost\n", n + 1));
+    let nodes =
+        (0..SERVERS).map(|n| format!("cluster_formation.classic_config.nodes.{} = rabbit-{n}@localhost\n", n + 1));
     format!(
         "listeners.tcp.1 = 127.0.0.1:{port}\n\
          distribution.listener.interface = 127.0.0.1\n\

@@ -64,7 +64,8 @@ impl Redis {
         timing: Timing,
     ) -> Result<Outcome, PeerError> {
         let (meters, stop) = (Arc::new(Meters::new()), Stop::default());
-        let connections: Vec<_> = stream::iter(0..CONNECTIONS.min(window)).then(|_| self.connect()).try_collect().await?;
+        let connections: Vec<_> =
+            stream::iter(0..CONNECTIONS.min(window)).then(|_| self.connect()).try_collect().await?;
         let tasks = (0..window).map(|number| {
             let connection = connections[number % connections.len()].clone();
             let keys: Vec<String> = (number % conversations..conversations)

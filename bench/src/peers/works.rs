@@ -265,7 +265,11 @@ fn many_conversations() -> Vec<Work> {
             "many-1",
             "64 conversations, 1 outstanding each (16 shards)",
             each,
-            vec![side(NatsAlways, each, &[(Rate, AtLeast(8.0)), (Flushes, OursAtMost(0.15)), (Cpu, None), (P99, None)])],
+            vec![side(
+                NatsAlways,
+                each,
+                &[(Rate, AtLeast(8.0)), (Flushes, OursAtMost(0.15)), (Cpu, None), (P99, None)],
+            )],
         ),
     ]
 }
