@@ -1,5 +1,5 @@
-//! ejabberd, one server: chat between twos, with an archive in SQLite and without one, driven by `tokio-xmpp`. Must never
-//! be slowed by what a chat does not need: no TLS, no passwords, no shapers.
+//! ejabberd, one server: chat between twos, with an archive in SQLite and without one, driven by `tokio-xmpp`. Must
+//! never be slowed by what a chat does not need: no TLS, no passwords, no shapers.
 
 use std::{
     path::{Path, PathBuf},
@@ -10,7 +10,7 @@ use std::{
 
 use futures_util::{StreamExt, TryStreamExt, future::LocalBoxFuture, future::try_join, stream};
 use tempfile::TempDir;
-use tokio::time::timeout;
+use tokio::{runtime::Handle, time::timeout};
 use tokio_xmpp::{
     Client, Event, Stanza,
     connect::DnsConfig,
@@ -35,6 +35,8 @@ const CONNECTING: usize = 8;
 const ONLINE_WITHIN: Duration = Duration::from_secs(60);
 /// A message that takes longer is lost.
 const ARRIVES_WITHIN: Duration = Duration::from_secs(30);
+/// The end of a session is not waited for longer.
+const LEAVES_WITHIN: Duration = Duration::from_secs(5);
 
 /// A server that runs.
 #[derive(Debug)]
@@ -64,6 +66,23 @@ fn has_sqlite() -> bool {
     libraries.map(|library| library.file_name()).any(|name| name.to_string_lossy().starts_with("p1_sqlite3"))
 }
 
+/// A client that takes its leave: dropped without, its own task panics, and it connects again and again.
+struct Session(Option<Client>);
+
+impl Session {
+    fn client(&mut self) -> Result<&mut Client, PeerError> {
+        self.0.as_mut().ok_or_else(|| PeerError::failed("use a session", "it has ended"))
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if let (Some(client), Ok(runtime)) = (self.0.take(), Handle::try_current()) {
+            runtime.spawn(async move { drop(timeout(LEAVES_WITHIN, client.send_end()).await) });
+        }
+    }
+}
+
 impl Ejabberd {
     /// Starts one server; `archive` keeps every message for both sides before it goes on.
     pub async fn start(archive: bool) -> Result<Self, PeerError> {
@@ -87,25 +106,30 @@ impl Ejabberd {
         Ok(Self { servers: [server], port, runs: 0, _folder: dir })
     }
 
-    async fn online(&self, name: &str) -> Result<Client, PeerError> {
+    /// A session that the server delivers to.
+    async fn online(&self, name: &str) -> Result<Session, PeerError> {
         let failed = |why: String| PeerError::failed(format!("log {name} in"), why);
         let jid: FullJid = format!("{name}@localhost/phone").parse().map_err(|error| failed(format!("{error}")))?;
         let address = DnsConfig::addr(&local(self.port).to_string());
-        let mut client = Client::new_plaintext(jid, "any", address, Timeouts::default());
+        let mut session = Session(Some(Client::new_plaintext(jid, "any", address, Timeouts::default())));
+        let client = session.client()?;
         let come = async {
             loop {
                 match client.next().await {
-                    Some(Event::Online { .. }) => return Ok(()),
-                    Some(Event::Disconnected(error)) => return Err(failed(error.to_string())),
+                    Some(Event::Online { .. }) => {
+                        let available = client.send_stanza(Presence::new(Type::None).into()).await;
+                        available.map_err(|error| failed(error.to_string()))?;
+                    }
+                    // Its own presence comes back: before that, messages for it are dropped.
+                    Some(Event::Stanza(Stanza::Presence(_))) => return Ok(()),
                     Some(Event::Stanza(_)) => {}
+                    Some(Event::Disconnected(error)) => return Err(failed(error.to_string())),
                     None => return Err(failed("the connection ended".into())),
                 }
             }
         };
         timeout(ONLINE_WITHIN, come).await.map_err(|_| failed("no answer".into()))??;
-        let available = client.send_stanza(Presence::new(Type::None).into()).await;
-        available.map_err(|error| failed(error.to_string()))?;
-        Ok(client)
+        Ok(session)
     }
 
     async fn chat(&self, run: &str, pairs: usize, timing: Timing) -> Result<Outcome, PeerError> {
@@ -148,17 +172,17 @@ impl Ejabberd {
 }
 
 /// One says something, and when the other has it, answers. Each message that arrived counts.
-async fn talk(n: usize, one: Client, other: Client, meters: Arc<Meters>, stop: Stop) -> Result<(), PeerError> {
+async fn talk(n: usize, one: Session, other: Session, meters: Arc<Meters>, stop: Stop) -> Result<(), PeerError> {
     let (mut from, mut to) = (one, other);
     let mut noted = Vec::new();
     let mut body = "*".repeat(MESSAGE_BYTES);
     while !stop.is_set() {
         let began = Instant::now();
-        let address: Option<Jid> = to.bound_jid().cloned().map(Into::into);
+        let address: Option<Jid> = to.client()?.bound_jid().cloned().map(Into::into);
         let mut message = Message::new_with_type(MessageType::Chat, address);
         message.bodies.insert(Lang::default(), std::mem::take(&mut body));
-        from.send_stanza(message.into()).await.map_err(|error| PeerError::failed("send", error))?;
-        body = timeout(ARRIVES_WITHIN, next_body(&mut to))
+        from.client()?.send_stanza(message.into()).await.map_err(|error| PeerError::failed("send", error))?;
+        body = timeout(ARRIVES_WITHIN, next_body(to.client()?))
             .await
             .map_err(|_| PeerError::failed("deliver a message", "it did not come"))??;
         noted.push(began.elapsed());

@@ -1,5 +1,5 @@
-//! The floors: a QUIC server that only answers, and RocksDB alone. Both are example programs of the crates that own what
-//! they use, found beside our binary. Must never do less than the work that they are the floor of.
+//! The floors: a QUIC server that only answers, and RocksDB alone. Both are example programs of the crates that own
+//! what they use, found beside our binary. Must never do less than the work that they are the floor of.
 
 use std::{
     net::SocketAddr,
@@ -108,7 +108,7 @@ impl Bare {
         outcome
     }
 
-    /// A device that comes, says one thing, gets an answer and goes: what a greeting with a token is, without the token.
+    /// A device that comes, says one thing, gets an answer and goes: a greeting without its token.
     async fn handshakes(&self, window: usize, timing: Timing) -> Result<Outcome, PeerError> {
         let (meters, stop) = (Arc::new(Meters::new()), Stop::default());
         let callers = (0..window).map(|n| {

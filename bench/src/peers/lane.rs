@@ -1,5 +1,5 @@
-//! One task that sends to a peer in a closed loop, whatever its client is called. Must never spawn a task per message, as
-//! our own lanes do not either.
+//! One task that sends to a peer in a closed loop, whatever its client is called. Must never spawn a task per message,
+//! as our own lanes do not either.
 
 use std::{
     collections::VecDeque,

@@ -1,5 +1,6 @@
-//! Our own side of each work: three brokers and a gateway as processes of their own, TLS on, every message on the disks of
-//! a majority before it is acknowledged, driven by our own scenarios. Must never be given what the peers are not.
+//! Our own side of each work: three brokers and a gateway as processes of their own, TLS on, every message on the
+//! disks of a majority before it is acknowledged, driven by our own scenarios. Must never be given what the peers are
+//! not.
 
 use std::{
     path::{Path, PathBuf},
@@ -162,8 +163,7 @@ impl Ours {
     }
 }
 
-/// One says something, and when the other has it, answers. Each message that arrived counts; that it was acknowledged too
-/// is checked before the next one of the same person.
+/// One says something, and when it is acknowledged and the other has it, he answers. Each message that arrived counts.
 async fn talk(
     n: usize,
     (id, one, other): (ConversationId, Client, Client),

@@ -1,5 +1,5 @@
-//! RabbitMQ: three servers, quorum queues on all three, publisher confirms, driven by `lapin`. Must never join an Erlang
-//! network that is there already: names are kept by a port mapper of its own.
+//! RabbitMQ: three servers, quorum queues on all three, publisher confirms, driven by `lapin`. Must never join an
+//! Erlang network that is there already: names are kept by a port mapper of its own.
 
 use std::{os::unix::fs::PermissionsExt, path::PathBuf, process::Command, sync::Arc};
 

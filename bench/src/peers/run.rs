@@ -1,5 +1,5 @@
-//! Runs works on both sides in turn, A B A B, so that a disk that is slow for a while is slow for both. Must never put a
-//! figure of one run beside one of another run.
+//! Runs works on both sides in turn, A B A B, so that a disk that is slow for a while is slow for both. Must never put
+//! a figure of one run beside one of another run.
 
 use std::{
     collections::BTreeMap,
@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Peer, PeerError,
+    Load, Peer, PeerError,
     ejabberd::Ejabberd,
     floors::{Bare, Raw},
     mosquitto::Mosquitto,
@@ -79,15 +79,8 @@ struct Pool {
 impl Pool {
     /// The pairs of each side.
     async fn measure(&mut self, work: &Work, timing: Timing, progress: &(dyn Fn(&str) + Send + Sync)) -> Vec<Pairs> {
-        let needed: Vec<_> = work.sides.iter().map(|side| servers(side.against)).collect();
-        self.peers.retain(|name, _| needed.iter().any(|needed| needed.name() == *name));
         progress(&format!("{}: starting the servers", work.name));
-        for against in needed {
-            if !self.peers.contains_key(against.name()) {
-                let started = start(against, &self.binary).await.map_err(|error| why(&error));
-                self.peers.insert(against.name(), started);
-            }
-        }
+        self.start(work).await;
         let mut pairs: Vec<Pairs> = work
             .sides
             .iter()
@@ -99,6 +92,12 @@ impl Pool {
         for repeat in 1..=timing.repeats {
             if pairs.iter().all(Result::is_err) {
                 break;
+            }
+            if matches!(work.load, Load::Idle { .. }) {
+                // A process that had connections before has their memory still.
+                self.ours = None;
+                self.peers.retain(|_, peer| peer.is_err());
+                self.start(work).await;
             }
             progress(&format!("{}: repeat {repeat} of {}, ours", work.name, timing.repeats));
             let ours = match self.ours(work, timing).await {
@@ -121,6 +120,18 @@ impl Pool {
             }
         }
         pairs
+    }
+
+    /// Starts what a work needs and ends what it does not.
+    async fn start(&mut self, work: &Work) {
+        let needed: Vec<_> = work.sides.iter().map(|side| servers(side.against)).collect();
+        self.peers.retain(|name, _| needed.iter().any(|needed| needed.name() == *name));
+        for against in needed {
+            if !self.peers.contains_key(against.name()) {
+                let started = start(against, &self.binary).await.map_err(|error| why(&error));
+                self.peers.insert(against.name(), started);
+            }
+        }
     }
 
     async fn ours(&mut self, work: &Work, timing: Timing) -> Result<Outcome, PeerError> {

@@ -3,8 +3,7 @@
 
 use std::{
     fs::{self, File},
-    io,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -12,7 +11,8 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::{net::TcpStream, time::sleep};
+use stentor_transport::bind;
+use tokio::time::sleep;
 
 use super::PeerError;
 
@@ -52,7 +52,7 @@ impl Server {
     /// Waits until a port answers.
     pub(crate) async fn listens(&mut self, port: u16) -> Result<(), PeerError> {
         let deadline = Instant::now() + READY_WITHIN;
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.is_err() {
+        while !is_listened_on(port) {
             self.lives()?;
             if Instant::now() > deadline {
                 return Err(PeerError::failed(format!("reach {} on port {port}", self.name), self.last_words()));
@@ -93,13 +93,32 @@ impl Drop for Server {
     }
 }
 
-/// Ports of the loopback interface that nobody uses, all different.
+/// Whether somebody listens on a port of this machine, as the kernel says: a connection would be one that the server
+/// must deal with.
+fn is_listened_on(port: u16) -> bool {
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|table| fs::read_to_string(table).unwrap_or_default());
+    tables.iter().flat_map(|table| table.lines()).any(|line| listening(line) == Some(port))
+}
+
+/// The port of a line of `/proc/net/tcp` in the state LISTEN.
+fn listening(line: &str) -> Option<u16> {
+    const LISTEN: &str = "0A";
+    let mut fields = line.split_ascii_whitespace().skip(1);
+    let (local, _remote, state) = (fields.next()?, fields.next()?, fields.next()?);
+    if state != LISTEN {
+        return None;
+    }
+    u16::from_str_radix(local.rsplit_once(':')?.1, 16).ok()
+}
+
+/// Ports of the loopback interface that nobody uses, all different. Must be called within a runtime.
 pub(crate) fn free_ports<const N: usize>() -> Result<[u16; N], PeerError> {
-    let held = (0..N).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).collect::<io::Result<Vec<_>>>();
-    let held = held.map_err(|error| PeerError::failed("find free ports", error))?;
+    let failed = |error: &dyn std::fmt::Display| PeerError::failed("find free ports", error);
+    let held = (0..N).map(|_| bind::tcp(local(0)).map_err(|error| failed(&error)));
+    let held = held.collect::<Result<Vec<_>, _>>()?;
     let mut ports = [0; N];
     for (port, listener) in ports.iter_mut().zip(&held) {
-        *port = listener.local_addr().map_err(|error| PeerError::failed("find free ports", error))?.port();
+        *port = listener.local_addr().map_err(|error| failed(&error))?.port();
     }
     Ok(ports)
 }
@@ -137,7 +156,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_are_free_and_different() {
+    fn only_listeners_are_found() {
+        let line = |state: &str| format!("   0: 0100007F:1F90 00000000:0000 {state} 00000000:00000000 00:00000000");
+        assert_eq!((listening(&line("0A")), listening(&line("01"))), (Some(8_080), None));
+        assert_eq!(listening("  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt"), None);
+    }
+
+    #[tokio::test]
+    async fn a_port_is_seen_as_soon_as_somebody_listens() {
+        let listener = bind::tcp(local(0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        assert!(is_listened_on(port));
+        drop(listener);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while is_listened_on(port) {
+            assert!(Instant::now() < deadline);
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn ports_are_free_and_different() {
         let ports = free_ports::<8>().unwrap();
         let mut distinct = ports.to_vec();
         distinct.sort_unstable();

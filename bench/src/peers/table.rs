@@ -1,5 +1,5 @@
-//! The table of a comparison: medians over interleaved repeats, for people and as JSON. Must never show a row as measured
-//! that was not, nor leave one out.
+//! The table of a comparison: medians over interleaved repeats, for people and as JSON. Must never show a row as
+//! measured that was not, nor leave one out.
 
 use serde::{Deserialize, Serialize};
 

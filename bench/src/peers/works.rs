@@ -1,5 +1,5 @@
-//! What is measured against whom, and what we promise there: the ratios of docs/performance.md, "Beside the peers". Must
-//! never be softened to fit a measurement.
+//! What is measured against whom, and what we promise there: the ratios of docs/performance.md, "Beside the peers".
+//! Must never be softened to fit a measurement.
 
 use super::{Load, ours::Door};
 

@@ -1,5 +1,5 @@
-//! `stentor bench peers`: other servers beside ours, in turn, in one run. Must never pass for complete when a row has no
-//! figures.
+//! `stentor bench peers`: other servers beside ours, in turn, in one run. Must never pass for complete when a row has
+//! no figures.
 
 use std::time::Duration;
 
