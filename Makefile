@@ -1,7 +1,7 @@
 # What people and CI call. Everything real is in scripts/, so that each step can be run alone too.
 SHELL := bash
 
-.PHONY: help setup build run test verify fix bench chaos
+.PHONY: help setup build run test verify fix bench peers chaos
 help:
 	@echo "make run [ARGS=…]  build, start a cluster in one process, replay real conversations, prove the result"
 	@echo "                   (ARGS=--exit ends after that; ARGS is passed on to 'stentor dev --demo')"
@@ -9,6 +9,8 @@ help:
 	@echo "make test          all tests and checks"
 	@echo "make chaos         kill real processes under load and judge what clients were promised"
 	@echo "                   (ARGS='brokers --json': one run, for programs; ARGS=--help: all options)"
+	@echo "make peers         install the servers that 'stentor bench peers' sets beside ours, build the floors"
+	@echo "make bench [ARGS=…]  measure a cluster under load (ARGS='fanout --local --devices 1000'; ARGS=--help: all)"
 	@echo "make verify        read-only checks: format, lints, licences"
 	@echo "make fix           format and apply what clippy can mend by itself"
 
@@ -37,5 +39,12 @@ chaos: setup
 	  cargo build --release --locked -p stentor-chaos && \
 	  exec "$$CARGO_TARGET_DIR/release/stentor-chaos" $(ARGS)
 
-bench:
-	@echo "make $@: not built yet" >&2; exit 2
+# The floors are examples of the crates that own what they use; they lie beside the binary.
+peers: setup
+	@. scripts/env.sh && cargo build --release --locked -p stentor-cli && \
+	  cargo build --release --locked -p stentor-transport --example bare_quic && \
+	  cargo build --release --locked -p stentor-raft-store --example raw_floor && scripts/peers.sh
+
+bench: setup
+	@. scripts/env.sh && cargo build --release --locked -p stentor-cli && \
+	  exec "$$CARGO_TARGET_DIR/release/stentor" bench $(if $(ARGS),$(ARGS),send --local)

@@ -1,8 +1,11 @@
 //! The command line: every verb of the public face with its options. Only shapes: nothing here may decide or do
 //! anything, and a verb that is not built must still parse, so that it can say so.
 
+pub(crate) mod bench;
+
 use std::{net::SocketAddr, path::PathBuf};
 
+use bench::BenchVerb;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Stentor: ordered, durable conversations for chat.
@@ -41,8 +44,9 @@ pub(crate) enum Verb {
     Cluster(ClusterVerb),
     /// Chat in the terminal
     Chat(ChatArgs),
-    /// Measure (not built yet)
-    Bench(NotBuiltArgs),
+    /// Measure a cluster under load
+    #[command(subcommand)]
+    Bench(BenchVerb),
     /// Break things on purpose (not built yet)
     Chaos(NotBuiltArgs),
 }
@@ -61,7 +65,8 @@ impl Verb {
             Self::Admin(verb) => verb.json(),
             Self::Cluster(verb) => verb.json(),
             Self::Chat(args) => args.context.json,
-            Self::Bench(args) | Self::Chaos(args) => args.json(),
+            Self::Bench(verb) => verb.json(),
+            Self::Chaos(args) => args.json(),
         }
     }
 }
@@ -518,7 +523,19 @@ mod tests {
             "cluster add --role gateway --zone z --dir d",
             "cluster status --json --dir d",
             "chat --dir d --user ann --device phone",
-            "bench anything --json",
+            "bench send --local --json",
+            "bench send --dir d --conversations 1 --window 64 --size 256 --rate 5000 --seconds 2 --repeats 5",
+            "bench send --local --find-p99 20 --size real --via gateway",
+            "bench fanout --local --devices 1000 --gateways 2 --stuck 1 --rate 20 --html report.html",
+            "bench connect --local --concurrency 32 --resumed",
+            "bench idle --local --devices 5000 --conversations 5",
+            "bench peers --only one-64 --only cursors --quick --repeats 5 --json",
+            "bench peers --list",
+            "bench cursors --local --devices 100 --window 64",
+            "bench resume --local --devices 10000 --conversations 20 --missed 5 --within 1",
+            "bench history --dir d --conversations 100000 --messages 50 --page 50",
+            "bench mixed --local --users 10000 --largest 10000 --zipf 1.1 --rate 1000 --churn 10 --json",
+            "bench compare a.json b.json --json",
         ] {
             assert!(parse(line).is_ok(), "{line}: {}", parse(line).err().unwrap());
         }
@@ -526,9 +543,18 @@ mod tests {
 
     #[test]
     fn misuse_is_found() {
-        for line in
-            ["send --no-such-flag", "send c", "send c text --stdin", "history c --after-seq 1 --before-seq 2", "dance"]
-        {
+        for line in [
+            "send --no-such-flag",
+            "send c",
+            "send c text --stdin",
+            "history c --after-seq 1 --before-seq 2",
+            "dance",
+            "bench dance",
+            "bench send --size 0",
+            "bench send --rate 1 --find-p99 2",
+            "bench send --seconds -1",
+            "bench peers --repeats 0",
+        ] {
             assert!(parse(line).is_err(), "{line}");
         }
     }

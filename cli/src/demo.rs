@@ -28,6 +28,12 @@ const SAMPLE: [(&str, &[u8]); 3] = [
     ("2016-12-19_20", include_bytes!("../sample/2016-12-19_20.txt")),
 ];
 
+/// What is said in the bundled sample, in its order.
+pub(crate) fn sample_texts() -> Vec<Bytes> {
+    let lines = SAMPLE.iter().flat_map(|(_, bytes)| parse::parse(&Bytes::from_static(bytes)).lines);
+    lines.map(|line| line.text).collect()
+}
+
 /// Reads and plans the conversations of a file, of a folder with one conversation a file, or of the bundled sample.
 pub(crate) fn load(path: Option<&Path>) -> Result<Plan, Failure> {
     let files = match path {

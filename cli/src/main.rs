@@ -4,6 +4,7 @@
 mod admin;
 mod api;
 mod args;
+mod bench;
 mod chat;
 mod cluster;
 mod cluster_file;
@@ -100,7 +101,7 @@ async fn call(verb: Verb, output: Output) -> Result<(), Failure> {
         Verb::Admin(verb) => Box::pin(admin::run(verb, output)).await,
         Verb::Cluster(verb) => Box::pin(cluster::run(verb, output)).await,
         Verb::Chat(args) => Box::pin(chat::run(args, output)).await,
-        Verb::Bench(_) => not_built("bench"),
+        Verb::Bench(verb) => Box::pin(bench::run(verb, output)).await,
         Verb::Chaos(_) => not_built("chaos"),
     }
 }

@@ -199,8 +199,7 @@ fn misuse_exits_2_and_says_why() {
 #[test]
 fn what_is_not_built_says_so() {
     for args in [
-        &["bench", "append", "--json"][..],
-        &["chaos", "--json"],
+        &["chaos", "--json"][..],
         &["admin", "move", "1", "broker-1", "broker-2", "--json"],
         &["admin", "backup", "--json", "--dir", "d"],
     ] {

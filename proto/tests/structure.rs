@@ -21,8 +21,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("broker", &["engine", "transport", "raft-store", "proto"]),
     ("gateway", &["engine", "transport", "proto"]),
     ("client", &["engine", "transport", "proto"]),
-    ("cli", &["proto", "engine", "transport", "raft-store", "broker", "gateway", "client"]),
-    ("bench", &["client"]),
+    ("cli", &["proto", "engine", "transport", "raft-store", "broker", "gateway", "client", "bench"]),
+    ("bench", &["client", "transport", "proto"]),
     ("chaos", &["broker", "gateway", "client", "raft-store", "engine", "transport", "proto"]),
 ];
 

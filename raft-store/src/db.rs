@@ -193,8 +193,15 @@ impl Db {
     /// Writes a batch and returns after its fsync. In RocksDB this blocks the thread; in the twin simulated time passes.
     pub(crate) async fn write_synced(&self, batch: Batch) -> Result<(), DbError> {
         match (self, batch) {
-            (Self::Rocks(rocks), Batch::Rocks(batch)) => Ok(rocks.db.write_opt(batch, &rocks.sync)?),
             (Self::Memory(db), Batch::Memory(changes)) => db.write_synced(changes).await,
+            (rocks, batch) => rocks.write_synced_now(batch),
+        }
+    }
+
+    /// The same for callers that may block; not in the twin, where time must pass.
+    pub(crate) fn write_synced_now(&self, batch: Batch) -> Result<(), DbError> {
+        match (self, batch) {
+            (Self::Rocks(rocks), Batch::Rocks(batch)) => Ok(rocks.db.write_opt(batch, &rocks.sync)?),
             _ => Err(foreign_batch()),
         }
     }

@@ -10,6 +10,7 @@ mod checkpoint;
 mod db;
 mod disk;
 mod exec;
+pub mod floor;
 mod framing;
 mod identity;
 mod install;

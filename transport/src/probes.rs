@@ -179,6 +179,9 @@ mod tests {
         assert_eq!(all().await, [503, 200, 200]);
         assert_eq!(get(addr, "/metrics").await, (200, "stentor_test_count 7\n# EOF\n".to_owned()));
         assert_eq!(get(addr, "/secrets").await.0, 404);
+        let page = |path| probe::get(addr, path, Duration::from_secs(20));
+        assert_eq!(page("/metrics").await.unwrap(), "stentor_test_count 7\n# EOF\n");
+        assert!(page("/secrets").await.is_err());
         // A caller who connects and says nothing does not hold the shutdown up.
         let _silent = TcpStream::connect(addr).await.unwrap();
         stop.send(()).unwrap();

@@ -1,0 +1,92 @@
+//! A cluster of real processes in a folder of its own, made by the binary's own `cluster up`. Must never outlive its
+//! value: whatever happens, the processes are taken down before their folder goes.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use super::Target;
+use crate::BenchError;
+
+/// How large it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Size {
+    /// Brokers.
+    pub brokers: u32,
+    /// Gateways.
+    pub gateways: u32,
+    /// Data shards.
+    pub shards: u32,
+}
+
+impl Default for Size {
+    fn default() -> Self {
+        Self { brokers: 3, gateways: 1, shards: 16 }
+    }
+}
+
+/// A running cluster; killed when dropped.
+#[derive(Debug)]
+pub struct Local {
+    binary: PathBuf,
+    /// Gone after the processes.
+    folder: TempDir,
+}
+
+impl Local {
+    /// Starts one with the binary `stentor`; returns when all nodes are ready.
+    pub async fn start(binary: &Path, size: Size) -> Result<Self, BenchError> {
+        // Whose it is can be seen from outside.
+        let prefix = format!("stentor-bench-{}-", std::process::id());
+        let folder = tempfile::Builder::new().prefix(&prefix).tempdir();
+        let folder = folder.map_err(BenchError::io("make a folder for the cluster"))?;
+        // Made before it starts, so that a start that fails or is given up is cleared away too.
+        let local = Self { binary: binary.to_owned(), folder };
+        let numbers = [size.brokers, size.gateways, size.shards].map(|number| number.to_string());
+        let [brokers, gateways, shards] = &numbers;
+        let mut command = tokio::process::Command::from(local.command(&["cluster", "up"]));
+        command.args(["--brokers", brokers, "--gateways", gateways, "--shards", shards]);
+        let ended = command.kill_on_drop(true).output().await;
+        let ended = ended.map_err(BenchError::io(format!("start {}", binary.display())))?;
+        if ended.status.success() {
+            return Ok(local);
+        }
+        Err(BenchError::Cluster(format!(
+            "the cluster did not start: {}",
+            String::from_utf8_lossy(&ended.stderr).trim()
+        )))
+    }
+
+    /// How to use it.
+    pub fn target(&self) -> Result<Target, BenchError> {
+        Target::read(self.folder.path())
+    }
+
+    /// Where it lies.
+    pub fn dir(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn command(&self, arguments: &[&str]) -> std::process::Command {
+        let mut command = std::process::Command::new(&self.binary);
+        command.args(arguments).arg("--dir").arg(self.folder.path()).stdin(Stdio::null());
+        for name in ["STENTOR_DIR", "STENTOR_TOKEN", "STENTOR_CA"] {
+            command.env_remove(name);
+        }
+        command
+    }
+}
+
+impl Drop for Local {
+    fn drop(&mut self) {
+        let nodes = self.target().map(|target| target.nodes().to_vec()).unwrap_or_default();
+        for node in nodes {
+            // Waits for its end: a folder cannot be removed under a process that writes.
+            let _ = self.command(&["cluster", "kill", &node.name]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        }
+    }
+}
