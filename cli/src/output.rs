@@ -88,6 +88,17 @@ impl Output {
         bar
     }
 
+    /// A line on stderr that lives while something goes on, hidden unless a person looks at it.
+    pub(crate) fn spinner(self) -> ProgressBar {
+        let target = if self.json { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let line = ProgressBar::with_draw_target(None, target);
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
+            line.set_style(style);
+        }
+        line.enable_steady_tick(std::time::Duration::from_millis(200));
+        line
+    }
+
     /// Tells why the command failed.
     pub(crate) fn failure(self, failure: &Failure) {
         let Some(refusal) = failure.refusal() else { return };

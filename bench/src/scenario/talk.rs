@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
-use stentor_client::{Client, ConversationId, Create, Message, Role, UserId};
+use stentor_client::{Client, ConversationId, ConversationKind, Create, Message, Role, UserId};
 
 use crate::BenchError;
 
@@ -19,6 +19,8 @@ use crate::BenchError;
 const CALLS: usize = 8;
 /// Participants that a creation may name.
 const NAMED_AT_CREATION: usize = 2_000;
+/// A group has no more, its owner included; a conversation with more is a channel.
+const GROUP_PARTICIPANTS: usize = 10_000;
 /// More of them at the same time only wait for the brokers.
 const CREATING_SESSIONS: usize = 32;
 /// So many conversations are counted after a run; of more, as many spread over all.
@@ -45,11 +47,15 @@ async fn create((owner, id, participants): Wanted, first: Option<Bytes>) -> Resu
     let failed = |what: &str| BenchError::client(format!("{what} {id}"));
     let id_of = ConversationId::new(&id).map_err(BenchError::cluster)?;
     let named = participants.len().min(NAMED_AT_CREATION);
-    let create = Create::group(participants[..named].iter().cloned()).id(id_of.clone());
+    let (kind, role) = match participants.len() < GROUP_PARTICIPANTS {
+        true => (ConversationKind::Group, Role::Writer),
+        false => (ConversationKind::Channel, Role::Reader),
+    };
+    let create = Create { kind, ..Create::group(participants[..named].iter().cloned()).id(id_of.clone()) };
     owner.create_conversation(create).await.map_err(failed("create"))?;
     let add = |user: UserId| {
         let (owner, id) = (&owner, id_of.clone());
-        async move { owner.add(&id, &user, Role::Writer).await }
+        async move { owner.add(&id, &user, role).await }
     };
     let added = stream::iter(participants[named..].to_vec()).map(add).buffer_unordered(CALLS);
     added.try_for_each(async |_| Ok(())).await.map_err(failed("add participants to"))?;

@@ -5,9 +5,9 @@ mod peers;
 mod print;
 mod work;
 
-use std::{path::Path, time::Duration};
+use std::path::Path;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use stentor_bench::{
     BenchError, Live, Local, Observer, Report, Size, Target, Timing,
     report::{self, Cluster},
@@ -63,7 +63,7 @@ fn warn(report: &Report, output: Output) {
 /// Finds or starts the cluster, and puts it under load.
 async fn measure(run: &RunArgs, work: &Work, output: Output) -> Result<Report, Failure> {
     raise_file_limit();
-    let bar = spinner(output);
+    let bar = output.spinner();
     let size = Size { brokers: run.brokers, gateways: run.gateways, shards: run.shards };
     let mut local = None;
     let (target, cluster) = match (&run.dir, run.local) {
@@ -96,16 +96,6 @@ fn compare(args: &CompareArgs, output: Output) -> Result<(), Failure> {
     let (before, after) = (read(&args.before)?, read(&args.after)?);
     let changes = report::compare(&before, &after).map_err(failure)?;
     print::changes(&before, &after, &changes, output)
-}
-
-/// A line that lives while something is measured.
-fn spinner(output: Output) -> ProgressBar {
-    let bar = output.progress(0, "");
-    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
-        bar.set_style(style);
-    }
-    bar.enable_steady_tick(Duration::from_millis(200));
-    bar
 }
 
 fn observer(bar: &ProgressBar, repeats: u32) -> Observer {
