@@ -93,9 +93,13 @@ impl Pool {
             if pairs.iter().all(Result::is_err) {
                 break;
             }
-            if matches!(work.load, Load::Idle { .. }) {
-                // A process that had connections before has their memory still.
+            // A process that had connections before has their memory still, and ejabberd goes on for long to clear away
+            // what those who have left had in its archive.
+            let idle = matches!(work.load, Load::Idle { .. });
+            if idle {
                 self.ours = None;
+            }
+            if repeat > 1 && (idle || matches!(work.load, Load::Chat { .. })) {
                 self.peers.retain(|_, peer| peer.is_err());
                 self.start(work).await;
             }
