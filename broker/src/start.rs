@@ -129,13 +129,37 @@ pub async fn start_in(environment: Environment, config: BrokerConfig) -> Result<
     config.check()?;
     let host = environment.host.clone();
     let (peer, api) = (host.listen(config.peer_listen)?, host.listen(config.api_listen)?);
-    let http = host.listen(config.http_listen)?;
-    let addresses = Addresses { api: local(&api)?, peer: local(&peer)?, http: local(&http)? };
+    let listeners = Listeners { peer, api, http: host.listen(config.http_listen)? };
     let started = Instant::now();
     let metrics = Arc::new(Metrics::default());
     let hook = Hook::new(metrics.clone(), environment.observer.clone());
     let store = environment.open(config.store_config(), hook.clone()).await.map_err(StartError::Serve)??;
+    let broker = begin((environment, config), listeners, store.clone(), hook, metrics, started);
+    if broker.is_err() {
+        // Its threads must be gone before the process is: they use what the end of a process takes down.
+        store.close().await;
+    }
+    broker
+}
+
+struct Listeners {
+    peer: Listener,
+    api: Listener,
+    http: Listener,
+}
+
+/// Starts what uses the store. Whoever calls closes the store after an error.
+fn begin(
+    (environment, config): (Environment, BrokerConfig),
+    Listeners { peer, api, http }: Listeners,
+    store: Arc<Store>,
+    hook: Arc<Hook>,
+    metrics: Arc<Metrics>,
+    started: Instant,
+) -> Result<Broker, StartError> {
     check_directory(&config, store.identity().as_ref())?;
+    let host = environment.host.clone();
+    let addresses = Addresses { api: local(&api)?, peer: local(&peer)?, http: local(&http)? };
     let (mut tasks, clocks) = (JoinSet::new(), Arc::new(Clocks::default()));
     let client_tls = ClientTls::peer(&config.tls)?;
     let others = || config.peers.iter().filter(|p| p.broker != config.broker).map(|p| (p.broker, p.peer_addr));

@@ -18,6 +18,9 @@ const DATA_BLOCK_BYTES: usize = 8 << 10;
 /// A piece of an index or filter.
 const INDEX_BLOCK_BYTES: usize = 4 << 10;
 
+/// Files of the log instance, a memtable each, before they are merged.
+const LOG_FILES: i32 = 12;
+
 fn both() -> Options {
     let mut options = Options::default();
     // A bad block stops the instance at once instead of answering "not found".
@@ -48,6 +51,10 @@ pub(crate) fn log(create: bool) -> Options {
     options.set_write_buffer_size(32 << 20);
     options.set_max_write_buffer_number(4);
     options.set_max_total_wal_size(256 << 20);
+    // Purges run a checkpoint behind, so a file dies some files after it was written: merging early copies the living.
+    options.set_level_zero_file_num_compaction_trigger(LOG_FILES);
+    options.set_level_zero_slowdown_writes_trigger(3 * LOG_FILES);
+    options.set_level_zero_stop_writes_trigger(4 * LOG_FILES);
     // Written once, read rarely: compressing would cost more than it saves.
     options.set_compression_type(DBCompressionType::None);
     options.set_block_based_table_factory(&table(LOG_BLOCK_CACHE_BYTES));
@@ -63,7 +70,8 @@ pub(crate) fn state(create: bool) -> Options {
     // A broker may hold 256 MiB of undurable log; a checkpoint should not wait for a memtable.
     options.set_write_buffer_size(64 << 20);
     options.set_max_write_buffer_number(4);
-    options.set_compression_type(DBCompressionType::Lz4);
+    // What is new is soon written again, one level deeper: it is compressed there, once.
+    options.set_compression_per_level(&[DBCompressionType::None, DBCompressionType::Lz4]);
     let mut table = table(BLOCK_CACHE_BYTES);
     // Most loads ask for rows that do not exist yet: a device's first send, a new participant.
     table.set_bloom_filter(10.0, false);

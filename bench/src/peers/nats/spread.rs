@@ -71,7 +71,7 @@ impl Nats {
             }
         });
         let connected: Vec<Device> = connected.buffer_unordered(CONNECTING).try_collect().await?;
-        self.spread(&spread, self.into_stream(&stream), None, timing, connected, run).await
+        self.spread(&spread, self.publish_into(&stream), None, timing, connected, run).await
     }
 
     /// Ordered consumers: from the log, without any memory of who has what.
@@ -98,7 +98,7 @@ impl Nats {
             }
         });
         let connected: Vec<Device> = connected.buffer_unordered(CONNECTING).try_collect().await?;
-        self.spread(&spread, self.into_stream(&stream), Some(rate_per_s), timing, connected, run).await
+        self.spread(&spread, self.publish_into(&stream), Some(rate_per_s), timing, connected, run).await
     }
 
     /// No log at all.
@@ -134,7 +134,7 @@ impl Nats {
         self.streams(run, 1).await?.pop().ok_or_else(|| PeerError::failed("make a stream", "none"))
     }
 
-    fn into_stream(&self, stream: &Led) -> Publish {
+    fn publish_into(&self, stream: &Led) -> Publish {
         let (context, subject) = (self.context(stream.server), stream.subject.clone());
         Box::new(move |body| {
             let (context, subject) = (context.clone(), subject.clone());
