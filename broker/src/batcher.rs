@@ -58,8 +58,8 @@ pub(crate) enum NotProposed {
     Overloaded,
 }
 
-/// What came of a command.
-pub(crate) type Answer = Result<Outcome, NotProposed>;
+/// What came of a command: `command::outcomes` of them.
+pub(crate) type Answer = Result<Vec<Outcome>, NotProposed>;
 
 /// Who waits for it.
 pub(crate) enum Reply {
@@ -77,13 +77,14 @@ pub(crate) enum Reply {
 }
 
 impl Reply {
-    /// Hands the answer over.
-    pub(crate) fn answer(self, answer: Answer) {
+    /// Hands the answer over: the command's outcomes, or why it has none.
+    pub(crate) fn answer(self, answer: Result<&[Outcome], NotProposed>) {
         match self {
-            Self::Once(sender) => drop(sender.send(answer)),
+            Self::Once(sender) => drop(sender.send(answer.map(<[_]>::to_vec))),
             Self::Stream { stream, id, placement_version } => {
                 let result = match answer {
-                    Ok(outcome) => proposed::Result::Outcome(outcome.to_proto()),
+                    Ok([outcome]) => proposed::Result::Outcome(outcome.to_proto()),
+                    Ok(outcomes) => proposed::Result::Outcomes(Outcome::spans(outcomes)),
                     Err(NotProposed::Overloaded) => proposed::Result::Refusal(Reason::Overloaded.refusal()),
                     Err(NotProposed::NotLeader { leader, retry_here }) => {
                         proposed::Result::NotLeader(not_leader(leader, retry_here, placement_version))
@@ -106,6 +107,8 @@ pub(crate) fn not_leader(leader: Option<BrokerId>, retry_here: bool, placement_v
 
 struct Waiting {
     command: Bytes,
+    /// How many outcomes it will have.
+    outcomes: usize,
     reply: Reply,
 }
 
@@ -120,9 +123,9 @@ pub(crate) struct Proposer {
 }
 
 impl Proposer {
-    /// Queues a command that was checked before. Commands of one caller are proposed in the order of the calls. The
-    /// reply is answered in any case.
-    pub(crate) fn propose(&self, command: Bytes, reply: Reply) {
+    /// Queues a command that was checked before and will have so many outcomes. Commands of one caller are proposed in
+    /// the order of the calls. The reply is answered in any case.
+    pub(crate) fn propose(&self, command: Bytes, outcomes: usize, reply: Reply) {
         let leadership = *self.leadership.borrow();
         if !leadership.ready {
             let leader = leadership.elsewhere();
@@ -134,7 +137,7 @@ impl Proposer {
         let refused = if full || self.store.overloaded() {
             Some(reply)
         } else {
-            match self.sender.try_send(Waiting { command, reply }) {
+            match self.sender.try_send(Waiting { command, outcomes, reply }) {
                 Ok(()) => None,
                 Err(mpsc::error::TrySendError::Full(back) | mpsc::error::TrySendError::Closed(back)) => {
                     Some(back.reply)
@@ -148,10 +151,10 @@ impl Proposer {
         }
     }
 
-    /// Proposes and waits for the outcome.
-    pub(crate) async fn call(&self, command: Bytes) -> Answer {
+    /// Proposes and waits for the outcomes.
+    pub(crate) async fn call(&self, command: Bytes, outcomes: usize) -> Answer {
         let (sender, receiver) = oneshot::channel();
-        self.propose(command, Reply::Once(sender));
+        self.propose(command, outcomes, Reply::Once(sender));
         receiver.await.unwrap_or(Err(NotProposed::Unknown { leader: None }))
     }
 }
@@ -195,7 +198,10 @@ pub(crate) fn start(parts: Parts, stop: CancellationToken) -> (Proposer, impl Fu
     (proposer, batcher.run(stop))
 }
 
-type Ending = std::pin::Pin<Box<dyn Future<Output = (Vec<Reply>, Option<ClientWriteResult<TypeConfig>>)> + Send>>;
+/// Who waits, and for how many outcomes.
+type Replying = (Reply, usize);
+
+type Ending = std::pin::Pin<Box<dyn Future<Output = (Vec<Replying>, Option<ClientWriteResult<TypeConfig>>)> + Send>>;
 
 struct Batcher {
     parts: Parts,
@@ -204,7 +210,7 @@ struct Batcher {
     rules: BatchRules,
     batch: Batch,
     builder: Builder,
-    replies: Vec<Reply>,
+    replies: Vec<Replying>,
     /// Did not fit into the open bundle; begins the next one.
     held: Option<Waiting>,
     in_flight: FuturesOrdered<Ending>,
@@ -267,12 +273,13 @@ impl Batcher {
                 self.batch.joined(self.origin.elapsed(), bytes);
                 self.builder.push(&waiting.command);
                 self.parts.reader.prefetch(std::iter::once(&waiting.command));
-                self.replies.push(waiting.reply);
+                self.replies.push((waiting.reply, waiting.outcomes));
             }
             Admit::CloseFirst => self.held = Some(waiting),
             Admit::TooLarge => {
                 self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
-                waiting.reply.answer(Ok(Outcome::refused(Reason::BodyTooLarge)));
+                let refused = vec![Outcome::refused(Reason::BodyTooLarge); waiting.outcomes];
+                waiting.reply.answer(Ok(&refused));
             }
         }
     }
@@ -289,10 +296,11 @@ impl Batcher {
         let stamp = self.stamp(leadership.term);
         let metrics = &self.parts.metrics;
         metrics.bundles.inc();
-        metrics.proposals.inc_by(replies.len() as u64);
-        metrics.commands_per_bundle.observe(replies.len() as f64);
+        let sends: usize = replies.iter().map(|(_, outcomes)| outcomes).sum();
+        metrics.proposals.inc_by(sends as u64);
+        metrics.commands_per_bundle.observe(sends as f64);
         let (responder, result) = ProgressResponder::complete_only();
-        let bundle = BundleBytes(builder.finish(LEVEL, stamp));
+        let bundle = BundleBytes::new(builder.finish(LEVEL, stamp));
         let write = self.parts.raft.write(bundle).responder(responder).with_leader(leadership.term);
         if write.await.is_err() {
             return refuse(replies, NotProposed::Unknown { leader: None });
@@ -321,17 +329,24 @@ impl Batcher {
     }
 }
 
-fn refuse(replies: Vec<Reply>, why: NotProposed) {
-    replies.into_iter().for_each(|reply| reply.answer(Err(why)));
+fn refuse(replies: Vec<Replying>, why: NotProposed) {
+    replies.into_iter().for_each(|(reply, _)| reply.answer(Err(why)));
 }
 
-fn answer(replies: Vec<Reply>, result: Option<ClientWriteResult<TypeConfig>>) {
+fn answer(replies: Vec<Replying>, result: Option<ClientWriteResult<TypeConfig>>) {
     let unknown = |leader| NotProposed::Unknown { leader };
     match result {
         Some(Ok(written)) => {
-            let mut outcomes = written.data.0.into_iter();
-            for reply in replies {
-                reply.answer(outcomes.next().ok_or(unknown(None)));
+            let mut outcomes = &written.data.0[..];
+            for (reply, count) in replies {
+                let own;
+                reply.answer(match outcomes.split_at_checked(count) {
+                    Some(split) => {
+                        (own, outcomes) = split;
+                        Ok(own)
+                    }
+                    None => Err(unknown(None)),
+                });
             }
         }
         Some(Err(ClientWriteError::ForwardToLeader(forward))) => refuse(replies, forwarded(&forward)),

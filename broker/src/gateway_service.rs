@@ -173,7 +173,7 @@ impl Session {
         let placement_version = self.node.meta.view().map_or(0, |view| view.version());
         let reply = Reply::Stream { stream: self.stream.clone(), id, placement_version };
         match checked(&self.node, ShardId(shard), &command) {
-            Ok(hosted) => hosted.proposer.propose(command, reply),
+            Ok((hosted, outcomes)) => hosted.proposer.propose(command, outcomes, reply),
             Err(Unfit::NotHere) => reply.answer(Err(NotProposed::NotLeader { leader: None, retry_here: false })),
             Err(Unfit::Refused(reason)) => {
                 let result = Some(proposed::Result::Refusal(reason.refusal()));
@@ -227,8 +227,9 @@ pub(crate) enum Unfit {
     Refused(Reason),
 }
 
-/// Checks a command that came from another process, and that it belongs to this shard.
-pub(crate) fn checked(node: &Node, shard: ShardId, command: &Bytes) -> Result<Arc<HostedShard>, Unfit> {
+/// Checks a command that came from another process, and that it belongs to this shard. With how many outcomes it will
+/// have.
+pub(crate) fn checked(node: &Node, shard: ShardId, command: &Bytes) -> Result<(Arc<HostedShard>, usize), Unfit> {
     let decoded = Command::decode(command.clone()).map_err(|_| Unfit::Refused(Reason::Malformed))?;
     command::check(&decoded).map_err(Unfit::Refused)?;
     let hosted = node.hosted(shard).ok_or(Unfit::NotHere)?;
@@ -236,7 +237,7 @@ pub(crate) fn checked(node: &Node, shard: ShardId, command: &Bytes) -> Result<Ar
         Some(slot) => hosted.slots.contains(&slot.0),
         None => shard == META_SHARD,
     };
-    if fits { Ok(hosted) } else { Err(Unfit::NotHere) }
+    if fits { Ok((hosted, command::outcomes(&decoded))) } else { Err(Unfit::NotHere) }
 }
 
 /// Interest that was added and whose head is not read yet.

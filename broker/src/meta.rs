@@ -240,9 +240,9 @@ pub(crate) async fn found(node: Arc<Node>, meta: Arc<HostedShard>, bootstrap: Bo
 async fn write_rows(node: &Node, meta: &HostedShard, bootstrap: &Bootstrap) -> Result<(), String> {
     let commands = founding_commands(node, bootstrap)?;
     for command in commands {
-        match meta.proposer.call(command::encode(&command)).await {
-            Ok(Outcome::Refused { reason: Reason::WrongVersion | Reason::AlreadyExists, .. }) => {}
-            Ok(Outcome::Refused { reason, .. }) => return Err(format!("refused: {}", reason.code())),
+        match meta.proposer.call(command::encode(&command), 1).await.as_deref() {
+            Ok([Outcome::Refused { reason: Reason::WrongVersion | Reason::AlreadyExists, .. }]) => {}
+            Ok([Outcome::Refused { reason, .. }]) => return Err(format!("refused: {}", reason.code())),
             Ok(_) => {}
             Err(why) => return Err(format!("{why:?}")),
         }

@@ -18,7 +18,7 @@ use stentor_proto::{
 use tokio::time::Instant;
 
 use crate::{
-    batcher::NotProposed,
+    batcher::{Answer, NotProposed},
     calls::{Calls, NoAnswer},
     gateway_service::{self, Unfit, checked},
     node::Node,
@@ -96,12 +96,26 @@ impl<'a> Search<'a> {
 
 /// Proposes a command to the shard's leader and waits for its outcome. A refusal of `apply` is an outcome here.
 pub(crate) async fn propose(node: &Node, shard: ShardId, command: Bytes, retry: Retry) -> Result<Outcome, Refusal> {
+    first(propose_run(node, shard, command, retry).await?)
+}
+
+fn first(outcomes: Vec<Outcome>) -> Result<Outcome, Refusal> {
+    outcomes.into_iter().next().ok_or_else(|| Reason::OutcomeUnknown.refusal())
+}
+
+/// The same of a command with several outcomes.
+pub(crate) async fn propose_run(
+    node: &Node,
+    shard: ShardId,
+    command: Bytes,
+    retry: Retry,
+) -> Result<Vec<Outcome>, Refusal> {
     let mut search = Search::new(node, shard);
     let mut fate = Fate::Unsent;
     loop {
         let attempt = attempt(node, search.target(), shard, &command).await;
         let hint = match attempt.map_err(|refusal| fate.tell(refusal))? {
-            Ok(outcome) => return Ok(outcome),
+            Ok(outcomes) => return Ok(outcomes),
             Err(NotProposed::Overloaded) => return Err(fate.tell(Reason::Overloaded.refusal())),
             Err(NotProposed::NotLeader { leader, .. }) => leader,
             Err(NotProposed::Unknown { leader }) => {
@@ -144,7 +158,7 @@ impl Fate {
 /// `OUTCOME_UNKNOWN` when the leader was lost with it; with any other reason nothing was proposed.
 pub(crate) async fn propose_once(node: &Node, shard: ShardId, command: Bytes) -> Result<Outcome, Refusal> {
     let target = Search::new(node, shard).target();
-    attempt(node, target, shard, &command).await?.map_err(told_once)
+    first(attempt(node, target, shard, &command).await?.map_err(told_once)?)
 }
 
 fn told_once(not: NotProposed) -> Refusal {
@@ -156,17 +170,12 @@ fn told_once(not: NotProposed) -> Refusal {
     reason.refusal()
 }
 
-async fn attempt(
-    node: &Node,
-    target: Option<BrokerId>,
-    shard: ShardId,
-    command: &Bytes,
-) -> Result<Result<Outcome, NotProposed>, Refusal> {
+async fn attempt(node: &Node, target: Option<BrokerId>, shard: ShardId, command: &Bytes) -> Result<Answer, Refusal> {
     let nobody = NotProposed::NotLeader { leader: None, retry_here: false };
     let Some(target) = target else { return Ok(Err(nobody)) };
     if target == node.broker {
         return match checked(node, shard, command) {
-            Ok(hosted) => Ok(hosted.proposer.call(command.clone()).await),
+            Ok((hosted, outcomes)) => Ok(hosted.proposer.call(command.clone(), outcomes).await),
             Err(Unfit::NotHere) => Ok(Err(nobody)),
             Err(Unfit::Refused(reason)) => Err(reason.refusal()),
         };
@@ -176,7 +185,10 @@ async fn attempt(
     let make = |id| Out::Propose(Propose { id, shard: shard.0, placement_version, command: command.clone() });
     match calls.call(make).await {
         Ok(In::Proposed(done)) => match done.result {
-            Some(proposed::Result::Outcome(outcome)) => Ok(Ok(Outcome::from_proto(&outcome))),
+            Some(proposed::Result::Outcome(outcome)) => Ok(Ok(vec![Outcome::from_proto(&outcome)])),
+            Some(proposed::Result::Outcomes(outcomes)) => {
+                Ok(Outcome::from_spans(&outcomes).ok_or(NotProposed::Unknown { leader: None }))
+            }
             Some(proposed::Result::NotLeader(not)) if not.unknown => {
                 Ok(Err(NotProposed::Unknown { leader: named(&not) }))
             }

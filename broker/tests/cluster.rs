@@ -5,14 +5,16 @@
 
 mod support;
 
+use futures_util::StreamExt;
 use stentor_broker::status;
 use stentor_engine::limits;
 use stentor_proto::{
     Bytes,
     ids::ConversationId,
     v1::{
-        HistoryRequest, ListRequest, ParticipantRequest, Role, Send, VerifyLocalRequest, admin_client::AdminClient,
-        conversations_client::ConversationsClient, item,
+        HistoryRequest, ListRequest, ParticipantRequest, Role, Send, SendAnswer, VerifyLocalRequest,
+        admin_client::AdminClient, conversations_client::ConversationsClient, item, messages_client::MessagesClient,
+        send_answer::Answer,
     },
 };
 use support::{Cluster, bodies, eventually, with_token};
@@ -45,6 +47,61 @@ async fn any_broker_takes_calls_and_seqs_are_dense() {
             assert_eq!(seen[30].1, "text 29");
         }
     }
+    cluster.stop().await;
+}
+
+/// What comes together is proposed together; the answers keep the order of the sends all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_send_stream_answers_in_order_whatever_its_sends_are() {
+    let cluster = Cluster::start(3, 4).await;
+    let ann = cluster.caller(0, "ann");
+    for conversation in ["a", "b"] {
+        ann.create(conversation, &[]).await.unwrap();
+    }
+    let phone = cluster.token("ann", Some("phone"), false);
+    let mut sends = Vec::new();
+    for n in 1..=400u64 {
+        for conversation in ["a", "b"] {
+            let body = if n == 100 { String::new() } else { format!("{conversation}-{n}") };
+            let client_id = if n % 150 == 0 { format!("key-{n}") } else { String::new() };
+            sends.push(Send {
+                conversation: conversation.into(),
+                send_no: n,
+                body: body.into(),
+                client_id,
+                ..Send::default()
+            });
+        }
+    }
+    // A gap, a repeat of something in the middle, and a conversation that does not exist.
+    sends.push(Send { conversation: "a".into(), send_no: 402, body: "gap".into(), ..Send::default() });
+    sends.push(sends[20].clone());
+    sends.push(Send { conversation: "nowhere".into(), send_no: 1, body: "x".into(), ..Send::default() });
+    let asked: Vec<_> = sends.iter().map(|send| (send.conversation.clone(), send.send_no)).collect();
+    let mut client = MessagesClient::new(cluster.api(1));
+    let outgoing = with_token(futures_util::stream::iter(sends), &phone);
+    let answers: Vec<SendAnswer> =
+        client.send_stream(outgoing).await.unwrap().into_inner().map(Result::unwrap).collect().await;
+    let answers: Vec<_> = answers.into_iter().map(|answer| answer.answer.unwrap()).collect();
+    let whose = |answer: &Answer| match answer {
+        Answer::Sent(sent) => (sent.conversation.clone(), sent.send_no),
+        Answer::Refused(refused) => (refused.conversation.clone(), refused.send_no),
+    };
+    assert_eq!(answers.iter().map(whose).collect::<Vec<_>>(), asked);
+    let told = |answer: &Answer| match answer {
+        Answer::Sent(sent) => Ok((sent.seq, sent.repeat)),
+        Answer::Refused(refused) => Err(refused.refusal.clone().unwrap().reason),
+    };
+    for (n, pair) in (1..=400u64).zip(answers.chunks(2)) {
+        // Each conversation begins with the event of its creation; the empty body takes a number and no seq.
+        let expected = if n == 100 { Err("EMPTY_BODY".into()) } else { Ok((n + 1 - u64::from(n > 100), false)) };
+        assert_eq!(pair.iter().map(told).collect::<Vec<_>>(), [expected.clone(), expected], "{n}");
+    }
+    let rest: Vec<_> = answers[800..].iter().map(told).collect();
+    assert_eq!(rest, [Err("OUT_OF_ORDER".into()), Ok((12, true)), Err("UNKNOWN_CONVERSATION".into())]);
+    let items = ann.all("b", true).await.unwrap();
+    let expected = (1..=400u64).filter(|n| *n != 100).map(|n| format!("b-{n}"));
+    assert!(bodies("b", &items).into_iter().skip(1).map(|(_, body)| body).eq(expected));
     cluster.stop().await;
 }
 

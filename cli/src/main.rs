@@ -77,7 +77,12 @@ fn start(verb: Verb, output: Output) -> Result<(), Failure> {
         let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
         log.log_internal_errors(false).init();
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::failed)?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if matches!(verb, Verb::Bench(_)) && std::env::var_os("TOKIO_WORKER_THREADS").is_none() {
+        // Half of the machine: what it measures is usually on the other half.
+        runtime.worker_threads(std::thread::available_parallelism().map_or(1, |cores| usize::from(cores).div_ceil(2)));
+    }
+    let runtime = runtime.enable_all().build().map_err(Failure::failed)?;
     runtime.block_on(call(verb, output))
 }
 

@@ -117,7 +117,7 @@ async fn an_unanswered_send_goes_again_under_its_number_on_the_next_connection()
     let (mut peer, _) = gateway.welcome().await;
     let again = peer.send().await;
     assert_eq!(again, send);
-    peer.give(v1::Sent { conversation: "c".into(), send_no: 1, seq: 5, stamp_ms: 7, repeat: true }).await;
+    peer.give(v1::Sent { conversation: "c".into(), send_no: 1, seq: 5, stamp_ms: 7, repeat: true, more: 0 }).await;
     let sent = soon("the answer", answer).await.unwrap();
     assert_eq!((sent.seq, sent.send_no, sent.repeat), (Seq(5), SendNo(1), true));
 }

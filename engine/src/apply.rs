@@ -21,8 +21,10 @@ use crate::{
 };
 
 /// The rules that this build writes; it knows all below. Level 2: changes of a user's list have seqs of his own stream,
-/// and a removed device takes its cursors with it.
-pub const LEVEL: ApplyLevel = ApplyLevel(2);
+/// and a removed device takes its cursors with it. Level 3: [`RUNS`].
+pub const LEVEL: ApplyLevel = ApplyLevel(3);
+/// From here on there are runs of sends, and answered results leave a send state many at a time.
+pub(crate) const RUNS: ApplyLevel = ApplyLevel(3);
 
 /// What an entry says about all of its commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +61,7 @@ pub fn begin_entry(last: &mut StampMs, bundle: &Bundle) -> Result<Context, Apply
     Ok(Context { stamp: *last, level: bundle.level })
 }
 
-/// Applies one encoded [`Command`]: pushes exactly one outcome and its effects to `out`. `records` is an arena for the
+/// Applies one encoded [`Command`]: pushes its outcomes ([`command::outcomes`], one but for runs) and effects to `out`. `records` is an arena for the
 /// bytes of event records; it must be empty and is empty afterwards (its capacity is what is reused).
 ///
 /// # Errors
@@ -73,11 +75,20 @@ pub fn apply_command(
 ) -> Result<(), ApplyError> {
     let command = Command::decode(command.clone()).map_err(|e| ApplyError::Damaged(format!("command: {e}")))?;
     command::checksums(&command).map_err(|what| ApplyError::Damaged(format!("command: checksum of its {what}")))?;
-    let outcome = match command::shape(&command) {
-        Ok(()) => Call { rows, ctx, records, effects: &mut out.effects, command: &command }.run()?,
-        Err(reason) => Outcome::refused(reason),
-    };
-    out.outcomes.push(outcome);
+    let refused = |reason| std::iter::repeat_n(Outcome::refused(reason), command::outcomes(&command));
+    if let Err(reason) = command::shape(&command) {
+        out.outcomes.extend(refused(reason));
+        return Ok(());
+    }
+    let mut call = Call { rows, ctx, records, effects: &mut out.effects, command: &command };
+    match &command.op {
+        Some(Op::SendRun(run)) if ctx.level >= RUNS => {
+            conversation::send::apply_run(&mut call, run, &mut out.outcomes)?
+        }
+        // Nobody wrote one at that level.
+        Some(Op::SendRun(_)) => out.outcomes.extend(refused(stentor_proto::reason::Reason::Malformed)),
+        _ => out.outcomes.push(call.run()?),
+    }
     Ok(())
 }
 
@@ -86,9 +97,14 @@ pub fn prefetch(command: &Bytes, visit: &mut dyn FnMut(RowKey)) {
     let Ok(command) = Command::decode(command.clone()) else { return };
     if command::shape(&command).is_ok() {
         match &command.op {
-            Some(Op::Create(_) | Op::Send(_) | Op::ChangeParticipant(_) | Op::Expire(_) | Op::OutboxDone(_)) => {
-                conversation::prefetch(&command, visit);
-            }
+            Some(
+                Op::Create(_)
+                | Op::Send(_)
+                | Op::SendRun(_)
+                | Op::ChangeParticipant(_)
+                | Op::Expire(_)
+                | Op::OutboxDone(_),
+            ) => conversation::prefetch(&command, visit),
             Some(Op::OpenSession(_) | Op::MoveCursors(_) | Op::UserConversation(_) | Op::RemoveDevice(_)) => {
                 user::prefetch(&command, visit);
             }
@@ -129,8 +145,8 @@ impl<R: Rows> Call<'_, R> {
             Some(Op::PutPlacement(put)) => meta::put_placement(&mut self, put),
             Some(Op::MarkInitialized(mark)) => meta::mark_initialized(&mut self, mark),
             Some(Op::JoinBroker(join)) => meta::join_broker(&mut self, join),
-            // `shape` has refused it.
-            None => Ok(Outcome::refused(stentor_proto::reason::Reason::Malformed)),
+            // `shape` has refused the first; the second has more outcomes than one.
+            None | Some(Op::SendRun(_)) => Ok(Outcome::refused(stentor_proto::reason::Reason::Malformed)),
         }
     }
 
@@ -144,13 +160,14 @@ impl<R: Rows> Call<'_, R> {
         command::text(&self.command.target)
     }
 
-    /// Writes one event: its record, and the effect that carries it out. Returns the record's length in bytes.
-    pub(crate) fn append(&mut self, entity: &Entity, header: &EventHeader, body: &[u8]) -> usize {
+    /// Writes one event: its record, and the effect that carries it out. The body comes with its CRC32. Returns the
+    /// record's length in bytes.
+    pub(crate) fn append(&mut self, entity: &Entity, header: &EventHeader, (body, crc): (&[u8], u32)) -> usize {
         let bytes = stentor_proto::record::PREFIX_BYTES + header.encoded_len() + body.len();
         if self.records.capacity() - self.records.len() < bytes {
             self.records.reserve(bytes.max(limits::RECORD_ARENA_BYTES));
         }
-        let body_crc = if body.is_empty() { 0 } else { self.command.body_crc };
+        let body_crc = if body.is_empty() { 0 } else { crc };
         stentor_proto::record::encode(header, body, self.command.key_crc, body_crc, self.records);
         let record = self.records.split().freeze();
         let seq = header.seq.into();

@@ -8,11 +8,11 @@ use stentor_proto::{
         AppId, BadId, ClientId, ConversationId, DIRECT_PREFIX, DeviceId, SendNo, Seq, SessionNo, Slot, UserId, key_crc,
     },
     internal::{
-        self, Actor, ClientKey, Command, Create, Expire, MoveCursors, OpenSession, OutboxDone, RemoveDevice, Send,
-        UserConversation, change_participant::Change, command::Op,
+        self, Actor, ClientKey, Command, Create, Expire, MoveCursors, OpenSession, OutboxDone, RemoveDevice, RunItem,
+        Send, SendRun, UserConversation, change_participant::Change, command::Op,
     },
     reason::Reason,
-    v1::{ConversationKind, EventKind, Role},
+    v1::{self, ConversationKind, EventKind, Role},
 };
 
 use crate::limits;
@@ -57,6 +57,38 @@ pub fn create(app: &AppId, conversation: &ConversationId, create: Create) -> Com
 /// Sends. Fields that stay at their defaults are absent; see [`Send`].
 pub fn send(app: &AppId, conversation: &ConversationId, send: Send) -> Command {
     of(app, conversation.as_str(), Op::Send(send))
+}
+
+/// Sends of one device in a row, with an outcome for each.
+pub fn send_run(app: &AppId, conversation: &ConversationId, run: SendRun) -> Command {
+    of(app, conversation.as_str(), Op::SendRun(run))
+}
+
+/// One send of a run, with its checksum. What no device may send becomes a refusal that consumes the number.
+pub fn run_item(item: v1::SendItem, max_body_bytes: usize) -> RunItem {
+    let checked = match content_of(item.kind, item.content_type.as_bytes(), item.body.len()) {
+        Ok(()) if item.body.len() > max_body_bytes => Err(Reason::BodyTooLarge),
+        checked => checked,
+    };
+    if let Err(reason) = checked {
+        return RunItem { sent_at_ms: item.sent_at_ms, refused: reason as u32, ..RunItem::default() };
+    }
+    RunItem {
+        body_crc: crc32fast::hash(&item.body),
+        kind: item.kind,
+        content_type: Bytes::from(item.content_type),
+        sent_at_ms: item.sent_at_ms,
+        body: item.body,
+        refused: 0,
+    }
+}
+
+/// How many outcomes a command has.
+pub fn outcomes(command: &Command) -> usize {
+    match &command.op {
+        Some(Op::SendRun(run)) => run.items.len(),
+        _ => 1,
+    }
 }
 
 /// What a gateway proposes in place of a numbered send that it refuses for good: it consumes the number with that
@@ -241,10 +273,11 @@ fn is_meta(command: &Command) -> bool {
     )
 }
 
-/// The send's number, where it has one.
+/// The send's number, where it has one; of a run the first.
 pub fn send_no(command: &Command) -> Option<SendNo> {
     match &command.op {
         Some(Op::Send(send)) if send.send_no > 0 => Some(SendNo(send.send_no)),
+        Some(Op::SendRun(run)) => Some(SendNo(run.send_no)),
         _ => None,
     }
 }
@@ -262,6 +295,7 @@ pub fn check(command: &Command) -> Result<(), Reason> {
     shape(command)?;
     match &command.op {
         Some(Op::Send(send)) if send.refused == 0 => content(send),
+        Some(Op::SendRun(run)) => run.items.iter().filter(|item| item.refused == 0).try_for_each(content_of_item),
         _ => Ok(()),
     }
 }
@@ -272,7 +306,9 @@ pub(crate) fn checksums(command: &Command) -> Result<(), &'static str> {
         return Err("key");
     }
     let body_crc = command.op.as_ref().and_then(body_of).map_or(0, crc32fast::hash);
-    if command.body_crc == body_crc { Ok(()) } else { Err("body") }
+    let items: &[RunItem] = if let Some(Op::SendRun(run)) = &command.op { &run.items } else { &[] };
+    let intact = |item: &RunItem| item.body_crc == if item.body.is_empty() { 0 } else { crc32fast::hash(&item.body) };
+    if command.body_crc == body_crc && items.iter().all(intact) { Ok(()) } else { Err("body") }
 }
 
 /// Text of an id that [`shape`] has checked.
@@ -293,7 +329,7 @@ pub(crate) fn shape(command: &Command) -> Result<(), Reason> {
     }
     id(AppId::check(&command.app))?;
     match op {
-        Op::Create(_) | Op::Send(_) | Op::ChangeParticipant(_) | Op::Expire(_) | Op::OutboxDone(_) => {
+        Op::Create(_) | Op::Send(_) | Op::SendRun(_) | Op::ChangeParticipant(_) | Op::Expire(_) | Op::OutboxDone(_) => {
             id(ConversationId::check(&command.target))?;
         }
         _ => {
@@ -303,6 +339,7 @@ pub(crate) fn shape(command: &Command) -> Result<(), Reason> {
     match op {
         Op::Create(create) => shape_of_create(command, create),
         Op::Send(send) => shape_of_send(send),
+        Op::SendRun(run) => shape_of_run(run),
         Op::ChangeParticipant(change) => shape_of_change(change),
         Op::OutboxDone(done) => shape_of_outbox_done(done),
         Op::OpenSession(open) => {
@@ -378,11 +415,27 @@ fn shape_of_send(send: &Send) -> Result<(), Reason> {
     if send.done_no >= send.send_no {
         return Err(Reason::Malformed);
     }
-    match Reason::from_number(send.refused) {
-        _ if send.refused == 0 => Ok(()),
-        Some(reason) if !reason.retryable() && send.body.is_empty() => Ok(()),
+    shape_of_refused(send.refused, &send.body)
+}
+
+fn shape_of_refused(refused: u32, body: &[u8]) -> Result<(), Reason> {
+    match Reason::from_number(refused) {
+        _ if refused == 0 => Ok(()),
+        Some(reason) if !reason.retryable() && body.is_empty() => Ok(()),
         _ => Err(Reason::Malformed),
     }
+}
+
+fn shape_of_run(run: &SendRun) -> Result<(), Reason> {
+    let actor = shape_of_actor(run.actor.as_ref())?;
+    if actor.device.is_empty() {
+        return Err(Reason::BadId);
+    }
+    let numbered = run.done_no < run.send_no && run.send_no.checked_add(run.items.len() as u64).is_some();
+    if !numbered || run.items.is_empty() || run.items.len() > limits::RUN_SENDS {
+        return Err(Reason::Malformed);
+    }
+    run.items.iter().try_for_each(|item| shape_of_refused(item.refused, &item.body))
 }
 
 fn shape_of_change(change: &internal::ChangeParticipant) -> Result<(), Reason> {
@@ -414,15 +467,30 @@ fn shape_of_moves(moves: &MoveCursors) -> Result<(), Reason> {
 
 /// Checks what a send carries. Failing is final and consumes the send's number.
 pub(crate) fn content(send: &Send) -> Result<(), Reason> {
-    if !matches!(EventKind::try_from(send.kind), Ok(EventKind::Unspecified | EventKind::Message | EventKind::Action)) {
-        return Err(Reason::BadKind);
-    }
+    kind_of_send(send.kind)?;
     shape_of_key(send.client_key.as_ref())?;
-    let printable = send.content_type.iter().all(|b| (b' '..=b'~').contains(b));
-    if send.content_type.len() > limits::MAX_CONTENT_TYPE_BYTES || !printable {
+    content_of(send.kind, &send.content_type, send.body.len())
+}
+
+/// The same of one send of a run.
+pub(crate) fn content_of_item(item: &RunItem) -> Result<(), Reason> {
+    content_of(item.kind, &item.content_type, item.body.len())
+}
+
+fn kind_of_send(kind: i32) -> Result<(), Reason> {
+    match EventKind::try_from(kind) {
+        Ok(EventKind::Unspecified | EventKind::Message | EventKind::Action) => Ok(()),
+        _ => Err(Reason::BadKind),
+    }
+}
+
+fn content_of(kind: i32, content_type: &[u8], body_bytes: usize) -> Result<(), Reason> {
+    kind_of_send(kind)?;
+    let printable = content_type.iter().all(|b| (b' '..=b'~').contains(b));
+    if content_type.len() > limits::MAX_CONTENT_TYPE_BYTES || !printable {
         return Err(Reason::BadContentType);
     }
-    match send.body.len() {
+    match body_bytes {
         0 => Err(Reason::EmptyBody),
         n if n > limits::MAX_BODY_BYTES => Err(Reason::BodyTooLarge),
         _ => Ok(()),

@@ -9,6 +9,8 @@ use stentor_proto::{
     v1,
 };
 
+use crate::limits;
+
 /// The answer to one command, in the order of its bundle.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
@@ -87,6 +89,53 @@ impl Outcome {
             Some(O::Joined(j)) => Self::Joined { incarnation: Incarnation(j.incarnation) },
             Some(O::Done(_)) => Self::Done,
             None => Self::refused(Reason::Internal),
+        }
+    }
+
+    /// The outcomes of a run as they travel: those that differ by a seq alone as one.
+    pub fn spans(outcomes: &[Self]) -> internal::Outcomes {
+        let mut spans: Vec<internal::OutcomeSpan> = Vec::new();
+        let mut first = None;
+        for outcome in outcomes {
+            match (spans.last_mut(), first) {
+                (Some(span), Some(first)) if outcome.follows(first, u64::from(span.more) + 1) => span.more += 1,
+                _ => {
+                    first = Some(outcome);
+                    spans.push(internal::OutcomeSpan { outcome: Some(outcome.to_proto()), more: 0 });
+                }
+            }
+        }
+        internal::Outcomes { spans }
+    }
+
+    /// From another node; `None` for more than a run can have.
+    pub fn from_spans(outcomes: &internal::Outcomes) -> Option<Vec<Self>> {
+        let mut all = Vec::new();
+        for span in &outcomes.spans {
+            let first = span.outcome.as_ref().map_or_else(|| Self::refused(Reason::Internal), Self::from_proto);
+            for further in 0..=u64::from(span.more) {
+                if all.len() >= limits::RUN_SENDS {
+                    return None;
+                }
+                let mut next = first.clone();
+                if let Self::Accepted { seq, .. } = &mut next {
+                    *seq = Seq(seq.0.saturating_add(further));
+                }
+                all.push(next);
+            }
+        }
+        Some(all)
+    }
+
+    /// Whether it is what `first` says of the send so many places behind its own.
+    fn follows(&self, first: &Self, places: u64) -> bool {
+        match (first, self) {
+            (
+                &Self::Accepted { seq, stamp, repeat, version },
+                &Self::Accepted { seq: at, stamp: then, repeat: again, version: now },
+            ) => (at.0, then, again, now) == (seq.0.wrapping_add(places), stamp, repeat, version),
+            (Self::Refused { .. }, Self::Refused { .. }) => self == first,
+            _ => false,
         }
     }
 

@@ -5,7 +5,8 @@ use crate::rate::Rate;
 
 // Sessions at a gateway.
 
-/// Unanswered sends of one connection; then its stream is not read. 256 fill a bundle several times over.
+/// Unanswered sends of one connection; then its stream is not read. 256 fill a bundle several times over. A run may pass
+/// this and the next one by its own length ([`RUN_SENDS`]).
 pub const SESSION_SENDS_IN_FLIGHT: usize = 256;
 /// The same, sends included that do not count because their shard gives no answer.
 pub const SESSION_SENDS_HELD: usize = 4 * SESSION_SENDS_IN_FLIGHT;
@@ -94,6 +95,11 @@ pub const LOAD_QUEUE_HINTS: usize = 256;
 pub const DRAIN_ROWS: usize = 512;
 /// Bytes of event records that may wait for a flush of the state instance before it starts at once.
 pub const FLUSH_BYTES: u64 = 32 * 1024 * 1024;
+/// Bytes of log that a broker keeps below its checkpoints for slower replicas, over all shards: what is kept is merged
+/// and written again, and 4,096 shards with a fixed amount each would fill a disk.
+pub const KEPT_LOG_BYTES: u64 = 256 * 1024 * 1024;
+/// A shard keeps as much at least: several times what is under way to a follower.
+pub const KEPT_LOG_SHARE_BYTES: u64 = 1024 * 1024;
 /// Bytes of one chunk of a snapshot, by one row at most exceeded.
 pub const SNAPSHOT_CHUNK_BYTES: usize = 256 * 1024;
 /// No chunk that a peer sends may be longer: one chunk and the largest block.
@@ -111,6 +117,10 @@ pub const DEFAULT_MAX_BODY_BYTES: usize = 60 * 1024;
 pub const MAX_CONTENT_TYPE_BYTES: usize = 128;
 /// Bytes of an encoded command: the largest body with the longest ids, inside a bundle of its own.
 pub const MAX_COMMAND_BYTES: usize = stentor_proto::bundle::MAX_BYTES - stentor_proto::bundle::PREFIX_BYTES - 4;
+/// Sends in one run: what a device has ready goes together, and two runs fill a connection's window.
+pub const RUN_SENDS: usize = 128;
+/// Bytes of bodies after which a run closes: a few of them fill a bundle.
+pub const RUN_BYTES: usize = 16 * 1024;
 /// Items that one `OutboxDone` removes.
 pub const OUTBOX_DONE_ITEMS: usize = 1_024;
 

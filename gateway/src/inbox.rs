@@ -41,6 +41,8 @@ pub(crate) enum Purpose {
     OpenSession,
     /// A send.
     Send { shard: ShardId, conversation: String, send_no: u64 },
+    /// So many sends in a row, the first with this number.
+    Run { shard: ShardId, conversation: String, send_no: u64, count: usize },
     /// Cursor moves, to be confirmed to the device.
     Cursors { moves: Moves },
     /// Heads for cursor moves in conversations that have no stream here.
@@ -84,6 +86,8 @@ pub(crate) enum Call {
 #[derive(Debug)]
 pub(crate) enum Reply {
     Outcome(Outcome),
+    /// Of a run.
+    Outcomes(Vec<internal::OutcomeSpan>),
     Page(v1::HistoryResponse),
     Heads(Vec<v1::ConversationState>),
     Conversations(internal::UserState),

@@ -71,8 +71,8 @@ metrics! {
 struct DeviceFrames([Counter; FRAMES.len()]);
 
 /// The kinds in the order of [`DeviceFrames`].
-const FRAMES: [&str; 9] =
-    ["hello", "resume", "subscribe", "unsubscribe", "send", "move_cursors", "credit", "ping", "request"];
+const FRAMES: [&str; 10] =
+    ["hello", "resume", "subscribe", "unsubscribe", "send", "move_cursors", "credit", "ping", "request", "send_run"];
 
 impl DeviceFrames {
     fn register(registry: &mut Registry) -> Self {
@@ -96,6 +96,7 @@ impl Metrics {
             ClientFrame::Credit(_) => 6,
             ClientFrame::Ping(_) => 7,
             ClientFrame::Request(_) => 8,
+            ClientFrame::SendRun(_) => 9,
         };
         self.device_frames.0[place].inc();
     }

@@ -423,6 +423,10 @@ impl Shard {
                 self.route.confirmed();
                 Ok(Reply::Outcome(Outcome::from_proto(&outcome)))
             }
+            Some(proposed::Result::Outcomes(outcomes)) => {
+                self.route.confirmed();
+                Ok(Reply::Outcomes(outcomes.spans))
+            }
             Some(proposed::Result::Refusal(refusal)) => Err(refusal),
             // An answer that this version does not know is none.
             None => Err(Reason::OutcomeUnknown.refusal()),

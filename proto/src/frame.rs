@@ -106,6 +106,7 @@ frames!(
         Credit = 7,
         Ping = 8,
         Request = 9,
+        SendRun = 10,
     }
 );
 

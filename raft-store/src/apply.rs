@@ -198,7 +198,7 @@ impl ApplyThread {
         }
         let bytes = match entry.payload {
             EntryPayload::Normal(bundle) => {
-                let run = match begin(&mut state, log_id, bundle.0, responder) {
+                let run = match begin(&mut state, log_id, bundle.bundle, responder) {
                     Ok(run) => run,
                     Err(what) => return Step::Stop(what),
                 };
@@ -296,7 +296,7 @@ fn wanted(core: &ShardCore, first: RowKey, run: &EntryRun, job: &ApplyJob) -> Ve
     run.commands[run.next..].iter().for_each(|command| apply::prefetch(command, &mut visit));
     for (entry, _) in &job.entries {
         if let EntryPayload::Normal(bundle) = &entry.payload
-            && let Ok(bundle) = Bundle::parse(bundle.0.clone())
+            && let Ok(bundle) = Bundle::parse(bundle.bundle.clone())
         {
             bundle.commands().for_each(|command| apply::prefetch(&command, &mut visit));
         }

@@ -149,18 +149,21 @@ impl Disk {
 
     /// Opens an instance; made only when `create` says so.
     pub(crate) fn open_db(&self, dir: &Path, instance: Instance, create: bool) -> Result<Db, OpenError> {
-        let (path, options) = match instance {
+        let (path, mut options) = match instance {
             Instance::Log => (dir.join("log"), options::log(create)),
             Instance::State => (dir.join("state"), options::state(create)),
         };
         match self {
-            Self::Real => open_rocks(path, &options).map_err(|error| match error {
-                // The whole directory is to be given up, not this part of it.
-                OpenError::Corrupt { dir: part, what } => {
-                    OpenError::Corrupt { dir: dir.to_path_buf(), what: format!("{}: {what}", part.display()) }
-                }
-                other => other,
-            }),
+            Self::Real => {
+                options::past_the_page_cache(&mut options, dir);
+                open_rocks(path, &options).map_err(|error| match error {
+                    // The whole directory is to be given up, not this part of it.
+                    OpenError::Corrupt { dir: part, what } => {
+                        OpenError::Corrupt { dir: dir.to_path_buf(), what: format!("{}: {what}", part.display()) }
+                    }
+                    other => other,
+                })
+            }
             Self::Memory(life) => match life.open_table(&path, instance, create) {
                 Ok(db) => Ok(Db::Memory(db)),
                 Err(error) => Err(OpenError::Io { dir: path, source: io::Error::other(error) }),

@@ -35,7 +35,9 @@ pub fn write(
     (warm_up, measured): (Duration, Duration),
 ) -> Result<Floor, String> {
     let run = || -> Result<Floor, DbError> {
-        let db = Db::Rocks(Rocks::new(DB::open(&options::log(true), dir)?));
+        let mut settings = options::log(true);
+        options::past_the_page_cache(&mut settings, dir);
+        let db = Db::Rocks(Rocks::new(DB::open(&settings, dir)?));
         let mut next = 0u64;
         let mut value = vec![0u8; value_bytes];
         let mut once = || -> Result<Duration, DbError> {

@@ -26,7 +26,7 @@ use crate::{
     reader::{ReadError, io_error},
     store::{Failure, StoreError},
     tail::{Tail, TailRead},
-    types::{BundleBytes, RaftLogEntry, RaftLogId, TypeConfig, Vote},
+    types::{RaftLogEntry, RaftLogId, TypeConfig, Vote},
     wal::{Op, Queued, Wal},
     wire,
 };
@@ -388,7 +388,7 @@ fn encode(shard: ShardId, entries: impl IntoIterator<Item = RaftLogEntry>) -> (V
         let value = buffer.split_to(end - start);
         start = end;
         if let EntryPayload::Normal(bundle) = &mut entry.payload {
-            *bundle = BundleBytes(value.slice(wire::ENTRY_PREFIX_BYTES..));
+            *bundle = wire::seal(shard, entry.log_id, &value);
         }
         (entry, value)
     });

@@ -152,7 +152,7 @@ impl RaftStateMachine<TypeConfig> for ShardMachine {
         while let Some(item) = entries.next().await {
             let (entry, responder) = item?;
             if let EntryPayload::Normal(bundle) = &entry.payload {
-                bytes += bundle.0.len();
+                bytes += bundle.bundle.len();
             }
             job.push_back((entry, responder));
             if job.len() >= limits::APPLY_JOB_ENTRIES || bytes >= limits::APPLY_JOB_BYTES {

@@ -1,10 +1,13 @@
 //! Every RocksDB option with its reason, in one table per instance (docs/storage.md, "RocksDB").
 //! Must never relax what the recovery of an acknowledged entry leans on.
 
+use std::path::Path;
+
 use rocksdb::{
     BlockBasedIndexType, BlockBasedOptions, Cache, DBCompressionType, DBRecoveryMode, LogLevel, Options, ReadOptions,
     WriteOptions,
 };
+use rustix::fs::{Mode, OFlags};
 
 use crate::db::KeyRange;
 
@@ -21,6 +24,9 @@ const INDEX_BLOCK_BYTES: usize = 4 << 10;
 /// Files of the log instance, a memtable each, before they are merged.
 const LOG_FILES: i32 = 12;
 
+/// Made and removed again, to see what the file system can do.
+const PROBE_FILE: &str = ".direct-io";
+
 fn both() -> Options {
     let mut options = Options::default();
     // A bad block stops the instance at once instead of answering "not found".
@@ -34,6 +40,22 @@ fn both() -> Options {
     // 20,000 descriptors a process is the hard limit on small machines; sockets come first.
     options.set_max_open_files(512);
     options
+}
+
+/// Lets flushes and merges write past the page cache, if the file system that has `dir` can do that. What they write is
+/// read late or never; copied into fresh pages of the cache it took a quarter of a broker's CPU, and writing those back
+/// held up the log's fsyncs (docs/performance.md).
+pub(crate) fn past_the_page_cache(options: &mut Options, dir: &Path) {
+    options.set_use_direct_io_for_flush_and_compaction(takes_direct_io(dir));
+}
+
+fn takes_direct_io(dir: &Path) -> bool {
+    let path = dir.join(PROBE_FILE);
+    let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::DIRECT | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR).is_ok();
+    // Where it could not be opened it may have been made all the same.
+    let _ = std::fs::remove_file(&path);
+    opened
 }
 
 /// The log instance: entries, votes, truncations, purges; fsynced by the WAL thread.
@@ -70,8 +92,9 @@ pub(crate) fn state(create: bool) -> Options {
     // A broker may hold 256 MiB of undurable log; a checkpoint should not wait for a memtable.
     options.set_write_buffer_size(64 << 20);
     options.set_max_write_buffer_number(4);
-    // What is new is soon written again, one level deeper: it is compressed there, once.
-    options.set_compression_per_level(&[DBCompressionType::None, DBCompressionType::Lz4]);
+    // What is new is soon written again, and so is the first level below it, with each merge: what lies deeper is
+    // compressed, once.
+    options.set_compression_per_level(&[DBCompressionType::None, DBCompressionType::None, DBCompressionType::Lz4]);
     let mut table = table(BLOCK_CACHE_BYTES);
     // Most loads ask for rows that do not exist yet: a device's first send, a new participant.
     table.set_bloom_filter(10.0, false);
@@ -121,4 +144,17 @@ pub(crate) fn range(range: KeyRange) -> ReadOptions {
     options.set_verify_checksums(true);
     options.fill_cache(!range.once);
     options
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looking_for_direct_io_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        takes_direct_io(dir.path());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert!(!takes_direct_io(&dir.path().join("absent")));
+    }
 }

@@ -14,7 +14,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use stentor_engine::{effect::Applied, key::META_AREA};
+use stentor_engine::{effect::Applied, key::META_AREA, limits};
 use stentor_proto::{
     ids::{BrokerId, Incarnation, ShardId},
     internal::AppliedRow,
@@ -62,7 +62,8 @@ pub struct StoreConfig {
     pub undurable_log_bytes: u64,
     /// Bytes of log entries per shard that stay in memory for replication and apply.
     pub tail_bytes: usize,
-    /// Bytes of log that a replica keeps below its checkpoint for slower ones.
+    /// Bytes of log that a replica keeps below its checkpoint for slower ones; less where there are many shards
+    /// ([`limits::KEPT_LOG_BYTES`]).
     pub keep_log_bytes: u64,
 }
 
@@ -191,7 +192,7 @@ pub struct ShardPosition {
     pub applied: Option<RaftLogId>,
     /// The durable checkpoint: the log up to here is not needed for recovery.
     pub durable: Option<RaftLogId>,
-    /// The log up to here lies more than `keep_log_bytes` below the durable checkpoint.
+    /// The log up to here lies more than what is kept for slower replicas below the durable checkpoint.
     pub purgeable: Option<RaftLogId>,
     /// Bytes of log applied since the last cut.
     pub undurable_log_bytes: u64,
@@ -472,13 +473,18 @@ impl Store {
 
     /// How far an open shard is, for the decision what to purge.
     pub fn position(&self, shard: ShardId) -> Option<ShardPosition> {
-        let core = self.shards.lock().get(&shard).cloned()?;
+        let (core, open) = {
+            let shards = self.shards.lock();
+            (shards.get(&shard).cloned()?, shards.len() as u64)
+        };
+        let share = (limits::KEPT_LOG_BYTES / open.max(1)).max(limits::KEPT_LOG_SHARE_BYTES);
+        let keep = self.config.keep_log_bytes.min(share);
         let durable = *core.durable.borrow();
         let applied = *core.applied.borrow();
         Some(ShardPosition {
             applied,
             durable,
-            purgeable: core.log.purgeable(self.config.keep_log_bytes).min(durable),
+            purgeable: core.log.purgeable(keep).min(durable),
             undurable_log_bytes: core.undurable_log(),
         })
     }

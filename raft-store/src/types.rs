@@ -5,15 +5,45 @@ use std::fmt;
 
 use openraft::{Membership, impls::leader_id_std};
 use stentor_engine::effect::Outcome;
-use stentor_proto::{Bytes, ids::ReplicaId};
+use stentor_proto::{
+    Bytes,
+    ids::{ReplicaId, ShardId},
+};
 
 /// The bytes of a bundle (`stentor_proto::bundle`); never parsed before `apply`.
-#[derive(Clone, PartialEq, Eq, Default)]
-pub struct BundleBytes(pub Bytes);
+#[derive(Clone, Default)]
+pub struct BundleBytes {
+    /// The bundle.
+    pub bundle: Bytes,
+    /// The entry as it stands on disk and between brokers, with the shard and the log id that it was sealed for, once
+    /// there is one.
+    pub(crate) sealed: Option<(ShardId, RaftLogId, Bytes)>,
+}
+
+impl BundleBytes {
+    /// Of an entry that is still to be sealed.
+    pub fn new(bundle: Bytes) -> Self {
+        Self { bundle, sealed: None }
+    }
+
+    /// The entry's bytes, if they were made or checked for this shard and log id.
+    pub(crate) fn sealed_for(&self, shard: ShardId, log_id: &RaftLogId) -> Option<&Bytes> {
+        self.sealed.as_ref().filter(|(of, at, _)| *of == shard && at == log_id).map(|(.., value)| value)
+    }
+}
+
+// What it was sealed as is no part of what it is.
+impl PartialEq for BundleBytes {
+    fn eq(&self, other: &Self) -> bool {
+        self.bundle == other.bundle
+    }
+}
+
+impl Eq for BundleBytes {}
 
 impl fmt::Debug for BundleBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "bundle of {} bytes", self.0.len())
+        write!(f, "bundle of {} bytes", self.bundle.len())
     }
 }
 

@@ -54,7 +54,12 @@ pub fn encode_entry(shard: ShardId, entry: &RaftLogEntry, out: &mut impl Extend8
     let membership;
     let (kind, payload): (u8, &[u8]) = match &entry.payload {
         EntryPayload::Blank => (BLANK, &[]),
-        EntryPayload::Normal(bundle) => (NORMAL, &bundle.0),
+        EntryPayload::Normal(bundle) => {
+            if let Some(value) = bundle.sealed_for(shard, &entry.log_id) {
+                return out.bytes(value);
+            }
+            (NORMAL, &bundle.bundle)
+        }
         EntryPayload::Membership(m) => {
             membership = membership_to_proto(m).encode_to_vec();
             (MEMBERSHIP, &membership)
@@ -74,7 +79,7 @@ pub fn encode_entry(shard: ShardId, entry: &RaftLogEntry, out: &mut impl Extend8
 pub fn entry_bytes_hint(entry: &RaftLogEntry) -> usize {
     ENTRY_PREFIX_BYTES
         + match &entry.payload {
-            EntryPayload::Normal(bundle) => bundle.0.len(),
+            EntryPayload::Normal(bundle) => bundle.bundle.len(),
             _ => 0,
         }
 }
@@ -104,16 +109,35 @@ pub fn decode_entry(shard: ShardId, index: u64, value: &Bytes) -> Result<RaftLog
         return Err(BadWire::Checksum(WHAT));
     }
     let (term, kind) = prefix.split_first_chunk::<8>().ok_or(BadWire::Truncated(WHAT))?;
+    let log_id = log_id(u64::from_le_bytes(*term), index);
     let payload = match kind[0] {
         BLANK if payload.is_empty() => EntryPayload::Blank,
-        NORMAL => EntryPayload::Normal(BundleBytes(value.slice(ENTRY_PREFIX_BYTES..))),
+        NORMAL => EntryPayload::Normal(seal(shard, log_id, value)),
         MEMBERSHIP => {
             let proto = internal::Membership::decode(payload).map_err(|_| BadWire::Undecodable(WHAT))?;
             EntryPayload::Membership(membership_from_proto(&proto)?)
         }
         _ => return Err(BadWire::Undecodable(WHAT)),
     };
-    Ok(RaftLogEntry { log_id: log_id(u64::from_le_bytes(*term), index), payload })
+    Ok(RaftLogEntry { log_id, payload })
+}
+
+/// The bundle of an entry whose bytes were made or checked.
+pub(crate) fn seal(shard: ShardId, log_id: RaftLogId, value: &Bytes) -> BundleBytes {
+    let bundle = value.slice(ENTRY_PREFIX_BYTES..);
+    BundleBytes { bundle, sealed: Some((shard, log_id, value.clone())) }
+}
+
+/// An entry's bytes: shared where they are known, made otherwise.
+pub fn entry_bytes(shard: ShardId, entry: &RaftLogEntry) -> Bytes {
+    if let EntryPayload::Normal(bundle) = &entry.payload
+        && let Some(value) = bundle.sealed_for(shard, &entry.log_id)
+    {
+        return value.clone();
+    }
+    let mut out = Vec::with_capacity(entry_bytes_hint(entry));
+    encode_entry(shard, entry, &mut out);
+    out.into()
 }
 
 fn entry_crc(shard: ShardId, index: u64, prefix: &[u8; 9], payload: &[u8]) -> u32 {

@@ -85,7 +85,7 @@ async fn fill(replica: &mut Replica, conversations: usize) {
             bytes += command.len();
             bundle.push(&command);
         }
-        let payload = EntryPayload::Normal(BundleBytes(bundle.finish(apply::LEVEL, StampMs(1_000 + index))));
+        let payload = EntryPayload::Normal(BundleBytes::new(bundle.finish(apply::LEVEL, StampMs(1_000 + index))));
         round.push(RaftLogEntry { log_id: log_id(1, index), payload });
         index += 1;
         let last = commands.peek().is_none();

@@ -320,7 +320,7 @@ fn floors() -> Vec<Work> {
     use Metric::{GatewayPerCore, IdleBytes, P50, PerCore, Rate};
     let idle = Load::Idle { connections: 1_000 };
     let handshakes = Load::Handshakes { window: 16 };
-    let raw = append(4_096, 4_096);
+    let raw = append(256, 16_384);
     let bytes = [(IdleBytes, None)];
     vec![
         work(
@@ -351,7 +351,7 @@ fn floors() -> Vec<Work> {
             door: Door::Api,
             ..work(
                 "raw-api",
-                "committed messages through the gRPC send stream, 4,096 conversations, 1 outstanding each (64 shards)",
+                "committed messages through the gRPC send stream, 256 conversations, 64 outstanding each (64 shards)",
                 raw,
                 vec![side(RawRocks, Load::Raw, &[(Rate, AtLeast(0.4))])],
             )
@@ -360,7 +360,7 @@ fn floors() -> Vec<Work> {
             shards: 64,
             ..work(
                 "raw-sdk",
-                "committed messages through the SDK with TLS, 4,096 conversations, 1 outstanding each (64 shards)",
+                "committed messages through the SDK with TLS, 256 conversations, 64 outstanding each (64 shards)",
                 raw,
                 vec![side(RawRocks, Load::Raw, &[(Rate, AtLeast(0.2))])],
             )

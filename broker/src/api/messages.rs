@@ -1,24 +1,18 @@
 //! `stentor.v1.Messages`: sending, one by one or as a stream, and reading. Must never acknowledge a send that the
 //! shard's leader has not applied.
 
-use std::pin::Pin;
-
-use futures_util::Stream;
 use stentor_engine::{command, effect::Outcome, limits};
 use stentor_proto::{
     Bytes,
     internal::{self, Read},
     reason::Reason,
-    v1::{
-        HistoryRequest, HistoryResponse, Send, SendAnswer, SendRefused, SendStateRequest, SendStateResponse, Sent,
-        messages_server::Messages, send_answer::Answer,
-    },
+    v1::{HistoryRequest, HistoryResponse, Send, SendStateRequest, SendStateResponse, Sent, messages_server::Messages},
 };
 use stentor_transport::token::Claims;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Api, actor, because, client_key, conversation_id, refused, retry};
-use crate::{router, status};
+use super::{Api, actor, because, client_key, conversation_id, refused, retry, send_stream};
+use crate::router;
 
 #[tonic::async_trait]
 impl Messages for Api {
@@ -27,29 +21,11 @@ impl Messages for Api {
         self.send_one(&claims, request.into_inner()).await.map(Response::new)
     }
 
-    type SendStreamStream = Pin<Box<dyn Stream<Item = Result<SendAnswer, Status>> + std::marker::Send>>;
+    type SendStreamStream = send_stream::Answers;
 
     async fn send_stream(&self, request: Request<Streaming<Send>>) -> Result<Response<Self::SendStreamStream>, Status> {
         let claims = self.caller(&request)?;
-        let state = (self.clone(), claims, request.into_inner());
-        // One after the other: a later send must not be proposed before an earlier one has its answer.
-        let answers = futures_util::stream::unfold(state, async |(api, claims, mut sends)| {
-            let send = match sends.message().await {
-                Ok(Some(send)) => send,
-                Ok(None) => return None,
-                Err(status) => return Some((Err(status), (api, claims, sends))),
-            };
-            let (conversation, send_no) = (send.conversation.clone(), send.send_no);
-            let answer = match api.send_one(&claims, send).await {
-                Ok(sent) => Answer::Sent(sent),
-                Err(status) => match status::to_refusal(&status) {
-                    Some(refusal) => Answer::Refused(SendRefused { conversation, send_no, refusal: Some(refusal) }),
-                    None => return Some((Err(status), (api, claims, sends))),
-                },
-            };
-            Some((Ok(SendAnswer { answer: Some(answer) }), (api, claims, sends)))
-        });
-        Ok(Response::new(Box::pin(answers)))
+        Ok(Response::new(send_stream::answers(self.clone(), claims, request.into_inner())))
     }
 
     async fn history(&self, request: Request<HistoryRequest>) -> Result<Response<HistoryResponse>, Status> {
@@ -84,7 +60,7 @@ impl Messages for Api {
 }
 
 impl Api {
-    async fn send_one(&self, claims: &Claims, send: Send) -> Result<Sent, Status> {
+    pub(super) async fn send_one(&self, claims: &Claims, send: Send) -> Result<Sent, Status> {
         let conversation = conversation_id(&send.conversation)?;
         let (send_no, has_key) = (send.send_no, send.send_no > 0 || !send.client_id.is_empty());
         let made = internal::Send {
@@ -106,7 +82,7 @@ impl Api {
         match self.propose(&claims.app, &conversation, &made, retry(has_key)).await? {
             Outcome::Accepted { seq, stamp, repeat, .. } => {
                 let conversation = conversation.to_string();
-                Ok(Sent { conversation, send_no, seq: seq.0, stamp_ms: stamp.0, repeat })
+                Ok(Sent { conversation, send_no, seq: seq.0, stamp_ms: stamp.0, repeat, more: 0 })
             }
             _ => Err(because(Reason::Internal)),
         }

@@ -4,6 +4,7 @@
 mod admin;
 mod conversations;
 mod messages;
+mod send_stream;
 mod users;
 
 use std::sync::Arc;

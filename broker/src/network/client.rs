@@ -134,8 +134,10 @@ impl RaftNetworkV2<TypeConfig> for Way {
             Lane::Append => APPEND_PATIENCE,
         };
         Box::pin(async move {
-            let session = Session::new(self, self.link(self.lane)?, input, patience);
-            let answers: AppendStream<'s> = Box::pin(stream::unfold(session, Session::next));
+            let answers: AppendStream<'s> = match self.link(self.lane) {
+                Ok(link) => Box::pin(stream::unfold(Session::new(self, link, input, patience), Session::next)),
+                Err(error) => Box::pin(after_first(input, error)),
+            };
             Ok(answers)
         })
     }
@@ -189,6 +191,19 @@ impl RaftNetworkV2<TypeConfig> for Way {
             _ => Err(bad(&BadMessage::Unexpected)),
         }
     }
+}
+
+/// Fails the first request. openraft waits between its attempts when it makes a request, and nowhere else: an error
+/// before that is followed by the next attempt at once, without an end (a leader whose members still have a lost
+/// directory of its own broker).
+fn after_first<S>(input: S, error: Error) -> impl Stream<Item = Result<StreamAppendResult<TypeConfig>, Error>> + Send
+where
+    S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + Unpin,
+{
+    stream::unfold((input, Some(error)), |(mut input, error)| async move {
+        input.next().await?;
+        Some((Err(error?), (input, None)))
+    })
 }
 
 /// One request under way.

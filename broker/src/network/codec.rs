@@ -58,10 +58,9 @@ pub(crate) fn encode_append(shard: ShardId, request: &Request) -> EncodedAppend 
             cut = true;
             break;
         }
-        let mut encoded = Vec::with_capacity(hint);
-        wire::encode_entry(shard, entry, &mut encoded);
+        let encoded = wire::entry_bytes(shard, entry);
         bytes += encoded.len();
-        entries.push(Bytes::from(encoded));
+        entries.push(encoded);
         last = Some(entry.log_id);
     }
     let message = internal::AppendRequest {

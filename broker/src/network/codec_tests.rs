@@ -20,7 +20,7 @@ fn request(prev: Option<u64>, payloads: Vec<Vec<u8>>) -> Request {
         .zip(payloads)
         .map(|(index, payload)| RaftLogEntry {
             log_id: wire::log_id(3, index),
-            payload: EntryPayload::Normal(BundleBytes(payload.into())),
+            payload: EntryPayload::Normal(BundleBytes::new(payload.into())),
         })
         .collect();
     Request { vote: Vote::new_committed(3, replica(1)), prev_log_id, entries, leader_commit: Some(wire::log_id(1, 1)) }

@@ -158,7 +158,7 @@ impl Folder {
             }
             output.news(&format!("starting {name}"));
             self.order(name, Order::Start)?;
-            let child = process::spawn(&self.dir, &node)?;
+            let child = process::spawn(&self.dir, &node, self.file.nodes.len())?;
             let pid = child.id();
             children.push(child);
             self.file.nodes.iter_mut().filter(|n| n.name == *name).for_each(|n| n.pid = Some(pid));

@@ -23,8 +23,11 @@ const PROBE_WITHIN: Duration = Duration::from_secs(1);
 /// Between two looks at a process that starts or stops.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// Starts a node in a process group of its own, its output appended to its log.
-pub(crate) fn spawn(dir: &Path, node: &Node) -> Result<Child, Failure> {
+/// How many threads tokio's runtime takes.
+const WORKERS: &str = "TOKIO_WORKER_THREADS";
+
+/// Starts a node in a process group of its own, its output appended to its log. `nodes` share this machine.
+pub(crate) fn spawn(dir: &Path, node: &Node, nodes: usize) -> Result<Child, Failure> {
     let log_path = layout::log_path(dir, &node.name);
     let failed = |error| Failure::failed(format_args!("cannot start {}: {error}", node.name));
     fs::create_dir_all(dir.join("logs")).map_err(failed)?;
@@ -33,7 +36,13 @@ pub(crate) fn spawn(dir: &Path, node: &Node) -> Result<Child, Failure> {
         Role::Broker => "broker",
         Role::Gateway => "gateway",
     };
-    Command::new(std::env::current_exe().map_err(failed)?)
+    let mut command = Command::new(std::env::current_exe().map_err(failed)?);
+    if std::env::var_os(WORKERS).is_none() {
+        // A runtime takes a thread a core; together they would only wake one another.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        command.env(WORKERS, (cores / nodes.max(1)).max(1).to_string());
+    }
+    command
         .arg(verb)
         .arg("--config")
         .arg(layout::config_path(dir, &node.name))

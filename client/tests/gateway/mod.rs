@@ -2,7 +2,7 @@
 
 #![allow(dead_code, clippy::unwrap_used, clippy::panic, unreachable_pub, missing_docs)]
 
-use std::{future::Future, net::SocketAddr, time::Duration};
+use std::{collections::VecDeque, future::Future, net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use stentor_client::{Builder, Client, ConversationId, Incoming};
@@ -65,7 +65,7 @@ impl Gateway {
         soon("a connection", async {
             let connection = self.listener.accept().await.unwrap().connect().await.unwrap();
             let (writer, reader) = connection.accept_stream().await.unwrap();
-            Peer { connection, writer, reader }
+            Peer { connection, writer, reader, run: VecDeque::new() }
         })
         .await
     }
@@ -105,10 +105,34 @@ pub struct Peer {
     pub connection: QuicConnection,
     writer: FrameWriter,
     reader: FrameReader,
+    /// What is left of a run that was taken.
+    run: VecDeque<v1::Send>,
 }
 
 impl Peer {
+    /// The next frame; a run as the sends that it stands for.
     pub async fn try_frame(&mut self) -> Option<ClientFrame> {
+        if let Some(send) = self.run.pop_front() {
+            return Some(send.into());
+        }
+        match self.any_frame().await? {
+            ClientFrame::SendRun(v1::SendRun { conversation, send_no, done_no, items }) => {
+                self.run = (send_no..)
+                    .zip(items)
+                    .map(|(send_no, item)| {
+                        let v1::SendItem { kind, content_type, sent_at_ms, body } = item;
+                        let conversation = conversation.clone();
+                        let plain = v1::Send::default();
+                        v1::Send { conversation, send_no, done_no, kind, content_type, sent_at_ms, body, ..plain }
+                    })
+                    .collect();
+                self.run.pop_front().map(Into::into)
+            }
+            frame => Some(frame),
+        }
+    }
+
+    async fn any_frame(&mut self) -> Option<ClientFrame> {
         let (kind, message) = soon("a frame", self.reader.next()).await.ok()??;
         Some(ClientFrame::decode(kind, message).unwrap().unwrap())
     }
@@ -155,7 +179,7 @@ impl Peer {
 
     pub async fn accept(&mut self, send: &v1::Send, seq: u64) {
         let (conversation, send_no) = (send.conversation.clone(), send.send_no);
-        self.give(v1::Sent { conversation, send_no, seq, stamp_ms: 7, repeat: false }).await;
+        self.give(v1::Sent { conversation, send_no, seq, stamp_ms: 7, repeat: false, more: 0 }).await;
     }
 
     /// Answers the question for the count that comes before a first send.

@@ -98,7 +98,7 @@ impl<R: Rows> Joiner<'_, '_, R> {
             header.conversation_kind = self.create.kind;
             header.client_id = client_id(self.create.client_key.as_ref());
         }
-        head.event_bytes += self.call.append(self.entity, &header, &[]) as u64;
+        head.event_bytes += self.call.append(self.entity, &header, (&[], 0)) as u64;
         let participant = ParticipantRow { role: role as i32, stays: vec![stay] };
         let name = crate::command::text(user);
         self.call.rows.put(self.entity.participant(name), participant.into());

@@ -49,6 +49,7 @@ pub(crate) fn prefetch(command: &Command, visit: &mut dyn FnMut(RowKey)) {
     visit(entity.head());
     let (actor, key, subject) = match &command.op {
         Some(Op::Send(send)) => (send.actor.as_ref(), send.client_key.as_ref(), None),
+        Some(Op::SendRun(run)) => (run.actor.as_ref(), None, None),
         Some(Op::Create(create)) => (create.actor.as_ref(), create.client_key.as_ref(), None),
         Some(Op::ChangeParticipant(c)) => (c.actor.as_ref(), c.client_key.as_ref(), Some(&c.user)),
         _ => return,

@@ -149,7 +149,7 @@ fn write<R: Rows>(
     let mut header = event.header(call, &actor);
     header.client_id = client_id(change.client_key.as_ref());
     header.epoch = head.epoch;
-    let record_bytes = call.append(entity, &header, &[]);
+    let record_bytes = call.append(entity, &header, (&[], 0));
     write_subject(call, change, entity, standing, role)?;
     let row = state::change::<ConversationRow>(call.rows, &entity.head())?;
     row.next_seq += 1;

@@ -3,12 +3,19 @@
 
 use stentor_proto::{
     ids::SendNo,
-    internal::{Send, SendResult, SendStateRow},
+    internal::{RunItem, Send, SendResult, SendRun, SendStateRow},
     reason::Reason,
 };
 use twox_hash::XxHash3_64;
 
-use crate::{apply::ApplyError, effect::Outcome, key::RowKey, limits, rows::Rows, state};
+use crate::{
+    apply::{ApplyError, Context, RUNS},
+    effect::Outcome,
+    key::RowKey,
+    limits,
+    rows::Rows,
+    state,
+};
 
 /// What a number means, given the state of its (device, conversation).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -21,9 +28,48 @@ pub(crate) enum Judged {
     Refused(Reason),
 }
 
-/// Judges a send by its number.
-pub(crate) fn judge(row: Option<&SendStateRow>, send: &Send, hash: u64) -> Result<Judged, ApplyError> {
+/// What of a send counts for its number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Claim {
+    pub(crate) send_no: u64,
+    pub(crate) done_no: u64,
+    pub(crate) session_no: u64,
+    /// What tells this command from another one under the same number.
+    pub(crate) hash: u64,
+}
+
+impl Claim {
+    /// `body_crc` is the command's, which `apply` has checked against the body.
+    pub(crate) fn of(send: &Send, body_crc: u32) -> Self {
+        let Send { send_no, done_no, session_no, .. } = *send;
+        Self { send_no, done_no, session_no, hash: hash(send, body_crc) }
+    }
+
+    /// The send at this place of a run, the same as if it had come alone.
+    pub(crate) fn of_item(run: &SendRun, place: usize, item: &RunItem) -> Self {
+        let hash = hash_words([
+            u64::from(item.refused) << 32 | u64::from(item.kind as u32),
+            item.sent_at_ms,
+            0,
+            0,
+            0,
+            EMPTY_HASH,
+            if item.content_type.is_empty() { EMPTY_HASH } else { XxHash3_64::oneshot(&item.content_type) },
+            if item.body.is_empty() { EMPTY_HASH } else { XxHash3_64::oneshot(&item.body) },
+            u64::from(item.body_crc),
+        ]);
+        let &SendRun { send_no, done_no, session_no, .. } = run;
+        Self { send_no: send_no + place as u64, done_no, session_no, hash }
+    }
+}
+
+/// XXH3 (64 bits, seed 0) of nothing.
+const EMPTY_HASH: u64 = 0x2d06_8005_38d3_94c2;
+
+/// Judges a send by its number. `fresh` sends of the same command were judged fresh before it.
+pub(crate) fn judge(row: Option<&SendStateRow>, fresh: u64, send: &Claim) -> Result<Judged, ApplyError> {
     let (last, done_no) = row.map_or((0, 0), |row| (row.last, row.done_no));
+    let last = last.saturating_add(fresh);
     #[cfg(feature = "planted")]
     if let Some(judged) = planted(row, send) {
         return Ok(judged);
@@ -37,7 +83,7 @@ pub(crate) fn judge(row: Option<&SendStateRow>, send: &Send, hash: u64) -> Resul
     if send.send_no <= last {
         let result = row.and_then(|row| find(row, send.send_no));
         let result = result.ok_or_else(|| ApplyError::Damaged(format!("no result for send {}", send.send_no)))?;
-        let same = result.command_hash == hash;
+        let same = result.command_hash == send.hash;
         return Ok(if same { Judged::First(result) } else { Judged::Refused(Reason::SendNoTaken) });
     }
     // Otherwise a late send of an old session could take a number in the middle of the new one's (I10). Only here: what
@@ -52,7 +98,7 @@ pub(crate) fn judge(row: Option<&SendStateRow>, send: &Send, hash: u64) -> Resul
 
 /// The judgement of a careless hand.
 #[cfg(feature = "planted")]
-fn planted(row: Option<&SendStateRow>, send: &Send) -> Option<Judged> {
+fn planted(row: Option<&SendStateRow>, send: &Claim) -> Option<Judged> {
     use crate::planted::{Bug, is_planted};
     let (last, done_no) = row.map_or((0, 0), |row| (row.last, row.done_no));
     let superseded = send.session_no > 0 && row.is_some_and(|row| row.session_no > send.session_no);
@@ -72,25 +118,37 @@ pub fn counts(row: Option<&SendStateRow>) -> (SendNo, SendNo) {
     row.map_or_else(Default::default, |row| (SendNo(row.last), SendNo(row.done_no)))
 }
 
-/// A fresh number on its way into the state.
-pub(crate) struct Numbered {
-    pub(crate) key: RowKey,
-    pub(crate) exists: bool,
-    pub(crate) hash: u64,
-}
-
-impl Numbered {
-    /// Consumes the number: `outcome` is its answer from now on.
-    pub(crate) fn consume(self, rows: &mut impl Rows, send: &Send, outcome: &Outcome) -> Result<(), ApplyError> {
-        let mut result = SendResult { send_no: send.send_no, command_hash: self.hash, ..SendResult::default() };
+impl Claim {
+    /// The answer of its number from now on.
+    pub(crate) fn result(&self, outcome: &Outcome) -> SendResult {
+        let mut result = SendResult { send_no: self.send_no, command_hash: self.hash, ..SendResult::default() };
         match *outcome {
             Outcome::Accepted { seq, stamp, .. } => (result.seq, result.stamp_ms) = (seq.0, stamp.0),
             Outcome::Refused { reason, .. } => result.reason = reason as u32,
             Outcome::SessionOpened { .. } | Outcome::Joined { .. } | Outcome::Done => {}
         }
+        result
+    }
+}
+
+/// The row of a command's fresh numbers, which the command has read.
+pub(crate) struct State {
+    pub(crate) key: RowKey,
+    pub(crate) exists: bool,
+}
+
+impl State {
+    /// Consumes the numbers of these results, of which `send` is the last.
+    pub(crate) fn consume(
+        self,
+        rows: &mut impl Rows,
+        ctx: &Context,
+        send: &Claim,
+        results: impl IntoIterator<Item = SendResult>,
+    ) -> Result<(), ApplyError> {
         if !self.exists {
-            let (last, done_no, session_no) = (send.send_no, send.done_no, send.session_no);
-            let row = SendStateRow { last, done_no, results: vec![result], session_no };
+            let &Claim { send_no: last, done_no, session_no, .. } = send;
+            let row = SendStateRow { last, done_no, results: results.into_iter().collect(), session_no };
             rows.put(self.key, row.into());
             return Ok(());
         }
@@ -100,9 +158,12 @@ impl Numbered {
         if row.done_no < send.done_no {
             row.done_no = send.done_no;
             let answered = row.results.partition_point(|r| r.send_no <= send.done_no);
-            row.results.drain(..answered);
+            // Nobody reads what is answered; moving the others each time costs more than it frees.
+            if ctx.level < RUNS || answered * 2 >= row.results.len() {
+                row.results.drain(..answered);
+            }
         }
-        row.results.push(result);
+        row.results.extend(results);
         #[cfg(feature = "planted")]
         {
             row.last = row.results.iter().map(|result| result.send_no).max().unwrap_or_default();
@@ -113,8 +174,7 @@ impl Numbered {
 }
 
 /// What makes two sends of one number the same: all that a retry keeps, so without `done_no`. Stored in rows: frozen.
-/// `body_crc` is the command's, which `apply` has checked against the body.
-pub(crate) fn hash(send: &Send, body_crc: u32) -> u64 {
+fn hash(send: &Send, body_crc: u32) -> u64 {
     let (client_id, first_try_ms) = send.client_key.as_ref().map_or((&[][..], 0), |k| (&k.client_id, k.first_try_ms));
     hash_words([
         u64::from(send.refused) << 32 | u64::from(send.kind as u32),

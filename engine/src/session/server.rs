@@ -126,17 +126,17 @@ impl Server {
         self.by_shard.get(&shard).is_some_and(|shard| shard.is_stuck(now_ms))
     }
 
-    /// A send was taken in.
-    pub fn send_started(&mut self, shard: ShardId, now_ms: u64) {
-        self.sends += 1;
-        self.by_shard.entry(shard).or_insert(InFlight { sends: 0, since_ms: now_ms }).sends += 1;
+    /// Sends were taken in together.
+    pub fn sends_started(&mut self, shard: ShardId, count: usize, now_ms: u64) {
+        self.sends += count;
+        self.by_shard.entry(shard).or_insert(InFlight { sends: 0, since_ms: now_ms }).sends += count;
     }
 
-    /// A send was answered; `by_shard` unless it was only given up.
-    pub fn send_answered(&mut self, shard: ShardId, by_shard: bool, now_ms: u64) {
+    /// They were answered; `by_shard` unless they were only given up.
+    pub fn sends_answered(&mut self, shard: ShardId, count: usize, by_shard: bool, now_ms: u64) {
         let Some(in_flight) = self.by_shard.get_mut(&shard) else { return };
-        self.sends = self.sends.saturating_sub(1);
-        in_flight.sends = in_flight.sends.saturating_sub(1);
+        self.sends = self.sends.saturating_sub(count);
+        in_flight.sends = in_flight.sends.saturating_sub(count);
         if by_shard {
             in_flight.since_ms = now_ms;
         }
@@ -326,6 +326,7 @@ mod tests {
             v1::Credit::default().into(),
             v1::Ping::default().into(),
             v1::Request::default().into(),
+            v1::SendRun::default().into(),
         ]
     }
 
@@ -359,10 +360,10 @@ mod tests {
         let shard = ShardId(1);
         for _ in 0..limits::SESSION_SENDS_IN_FLIGHT {
             assert!(server.wants_frames(5));
-            server.send_started(shard, 5);
+            server.sends_started(shard, 1, 5);
         }
         assert!(!server.wants_frames(5));
-        server.send_answered(shard, true, 5);
+        server.sends_answered(shard, 1, true, 5);
         assert!(server.wants_frames(5));
         (0..limits::SESSION_CALLS_IN_FLIGHT).for_each(|_| server.call_started());
         assert!(!server.wants_frames(5));
@@ -376,19 +377,19 @@ mod tests {
         server.frame(&frames()[0]).unwrap();
         server.opened(SessionNo(1));
         let (dead, alive) = (ShardId(1), ShardId(2));
-        (0..limits::SESSION_SENDS_IN_FLIGHT).for_each(|_| server.send_started(dead, 10));
+        (0..limits::SESSION_SENDS_IN_FLIGHT).for_each(|_| server.sends_started(dead, 1, 10));
         let later = 10 + limits::STUCK_SHARD_MS;
         assert!(!server.wants_frames(later - 1) && !server.is_stuck(dead, later - 1));
         assert_eq!(server.room_at_ms(later - 1), Some(later));
         assert!(server.wants_frames(later) && server.is_stuck(dead, later) && !server.is_stuck(alive, later));
         assert_eq!(server.room_at_ms(later), None);
-        (0..limits::SESSION_SENDS_IN_FLIGHT).for_each(|_| server.send_started(alive, later));
+        (0..limits::SESSION_SENDS_IN_FLIGHT).for_each(|_| server.sends_started(alive, 1, later));
         assert!(!server.wants_frames(later));
-        server.send_answered(alive, true, later + 5);
+        server.sends_answered(alive, 1, true, later + 5);
         assert!(server.wants_frames(later + 5), "what is alive goes on");
-        server.send_answered(dead, false, later + 5);
+        server.sends_answered(dead, 1, false, later + 5);
         assert!(server.is_stuck(dead, later + 5), "what was given up is no sign of life");
-        server.send_answered(dead, true, later + 6);
+        server.sends_answered(dead, 1, true, later + 6);
         assert!(!server.is_stuck(dead, later + 6));
         assert!(!server.wants_frames(later + 6), "and counts again");
     }
@@ -405,10 +406,10 @@ mod tests {
                 let shard = ShardId(u32::from(shard) % 8);
                 if answered && let Some(at) = held.iter().position(|of| *of == shard) {
                     held.swap_remove(at);
-                    server.send_answered(shard, true, now_ms);
+                    server.sends_answered(shard, 1, true, now_ms);
                 } else if server.wants_frames(now_ms) && !server.is_stuck(shard, now_ms) {
                     held.push(shard);
-                    server.send_started(shard, now_ms);
+                    server.sends_started(shard, 1, now_ms);
                 }
                 prop_assert!(held.len() <= limits::SESSION_SENDS_HELD);
                 let room_at_ms = server.room_at_ms(now_ms);

@@ -7,6 +7,7 @@ mod greeting;
 mod list;
 mod outgoing;
 mod rates;
+mod runs;
 mod sends;
 mod streams;
 
@@ -202,6 +203,7 @@ impl Session {
             ClientFrame::Subscribe(subscribe) => self.subscribe(&subscribe),
             ClientFrame::Unsubscribe(unsubscribe) => self.unsubscribe(&unsubscribe.conversation),
             ClientFrame::Send(send) => self.send(send, frame_bytes),
+            ClientFrame::SendRun(run) => self.send_run(run).map_err(Reason::refusal)?,
             ClientFrame::MoveCursors(moves) => self.move_cursors(&moves),
             ClientFrame::Credit(credit) => self.credit.add(credit.bytes),
             ClientFrame::Ping(ping) => self.out.push(v1::Pong { token: ping.token }),
@@ -231,6 +233,9 @@ impl Session {
             Purpose::OpenSession => {}
             Purpose::Send { shard, conversation, send_no } => {
                 self.send_answered(shard, conversation, send_no, result);
+            }
+            Purpose::Run { shard, conversation, send_no, count } => {
+                self.run_answered(shard, conversation, send_no, count, result);
             }
             Purpose::Cursors { moves } => self.cursors_answered(moves, result),
             Purpose::CursorHeads { moves } => self.cursor_heads(moves, result),

@@ -46,23 +46,40 @@ impl Rates {
 impl Session {
     /// Whether a send goes on now. It is refused for now together with everything behind it.
     pub(super) fn admit(&mut self, shard: ShardId, send: &v1::Send, frame_bytes: usize) -> Result<(), Reason> {
+        self.admit_some(shard, (&send.conversation, send.send_no), [frame_bytes]).1
+    }
+
+    /// The same of sends in a row, with the bytes of each: so many go on, and why the others do not.
+    pub(super) fn admit_some(
+        &mut self,
+        shard: ShardId,
+        (conversation, send_no): (&str, u64),
+        sizes: impl IntoIterator<Item = usize>,
+    ) -> (usize, Result<(), Reason>) {
         let now_ms = self.core.now_ms();
         let Rates { sends, bytes, held_back, .. } = &mut self.rates;
-        if let Some(reason) = held_back.is_behind(&send.conversation, send.send_no) {
-            return Err(reason);
+        if let Some(reason) = held_back.is_behind(conversation, send_no) {
+            return (0, Err(reason));
         }
         let allowed = allowed(&self.core.config.limits);
-        let reason = if self.server.is_stuck(shard, now_ms) {
-            Reason::Unavailable
-        } else if !(sends.take(allowed.sends, 1, now_ms) && bytes.take(allowed.bytes, frame_bytes as u64, now_ms)) {
-            self.core.metrics.rate_limited.inc();
-            Reason::RateLimited
-        } else {
-            held_back.admitted(&send.conversation);
-            return Ok(());
-        };
-        held_back.refused(&send.conversation, send.send_no, reason);
-        Err(reason)
+        let (mut count, mut refused) = (0, self.server.is_stuck(shard, now_ms).then_some(Reason::Unavailable));
+        for size in sizes {
+            if refused.is_some() {
+                break;
+            }
+            if sends.take(allowed.sends, 1, now_ms) && bytes.take(allowed.bytes, size as u64, now_ms) {
+                count += 1;
+            } else {
+                self.core.metrics.rate_limited.inc();
+                refused = Some(Reason::RateLimited);
+            }
+        }
+        if count > 0 {
+            held_back.admitted(conversation);
+        }
+        let Some(reason) = refused else { return (count, Ok(())) };
+        held_back.refused(conversation, send_no + count as u64, reason);
+        (count, Err(reason))
     }
 
     /// A send was refused because its sender has no access: it has left a row.

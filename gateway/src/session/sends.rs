@@ -30,7 +30,7 @@ impl Session {
         let made = admitted.and_then(|shard| Ok((shard, self.command_of(send)?)));
         match made {
             Ok((shard, command)) => {
-                self.server.send_started(shard, self.core.now_ms());
+                self.server.sends_started(shard, 1, self.core.now_ms());
                 self.propose_to(shard, &command, Purpose::Send { shard, conversation, send_no });
             }
             Err(reason) => self.refuse_send(conversation, send_no, reason.refusal()),
@@ -78,11 +78,11 @@ impl Session {
         send_no: u64,
         result: Result<Reply, Refusal>,
     ) {
-        self.server.send_answered(shard, result.is_ok(), self.core.now_ms());
+        self.server.sends_answered(shard, 1, result.is_ok(), self.core.now_ms());
         let refusal = match result {
             Ok(Reply::Outcome(Outcome::Accepted { seq, stamp, repeat, .. })) => {
                 let (seq, stamp_ms) = (seq.0, stamp.0);
-                return self.out.push(v1::Sent { conversation, send_no, seq, stamp_ms, repeat });
+                return self.out.push(v1::Sent { conversation, send_no, seq, stamp_ms, repeat, more: 0 });
             }
             Ok(Reply::Outcome(Outcome::Refused { reason, last })) => {
                 if matches!(reason, Reason::NotAParticipant | Reason::UnknownConversation) {
@@ -95,7 +95,7 @@ impl Session {
         self.refuse_send(conversation, send_no, refusal);
     }
 
-    fn refuse_send(&mut self, conversation: String, send_no: u64, refusal: Refusal) {
+    pub(super) fn refuse_send(&mut self, conversation: String, send_no: u64, refusal: Refusal) {
         self.core.metrics.refused_sends.inc();
         self.out.push(v1::SendRefused { conversation, send_no, refusal: Some(refusal) });
     }

@@ -1,6 +1,6 @@
 //! Sends: answered once and in order, whatever leaders and streams do; refusals that take their number.
 
-use stentor_proto::{Bytes, reason::Reason, v1};
+use stentor_proto::{Bytes, frame::ServerFrame, reason::Reason, v1};
 
 use super::support::{Cluster, Device, until};
 
@@ -133,6 +133,83 @@ async fn a_broken_stream_neither_loses_nor_doubles_a_send() {
     all_answered(&mut device, 1, 60).await;
     in_order(&cluster, 60);
     assert!(cluster.metric("stentor_gateway_reroutes_total").await >= 1.0);
+}
+
+fn run(conversation: &str, send_no: u64, bodies: &[&str]) -> v1::SendRun {
+    let item = |body: &&str| v1::SendItem { body: Bytes::copy_from_slice(body.as_bytes()), ..Default::default() };
+    v1::SendRun { conversation: conversation.into(), send_no, done_no: 0, items: bodies.iter().map(item).collect() }
+}
+
+#[tokio::test]
+async fn a_run_is_one_command_and_one_answer() {
+    let cluster = Cluster::start().await;
+    cluster.world.create("c", &["ann"], 0);
+    let mut device = cluster.device("ann", "phone").await;
+    device.send(run("c", 1, &["1", "2", "", "3"])).await;
+    let ServerFrame::Sent(sent) = device.next().await else { panic!("not sent") };
+    assert_eq!((sent.send_no, sent.seq, sent.more), (1, 1, 1));
+    assert_eq!(refusal(&mut device).await, (3, "EMPTY_BODY".into()), "it takes its number and disturbs nothing");
+    assert_eq!(device.sent().await, (4, Ok(3)));
+    in_order(&cluster, 3);
+    device.send(run("c", 4, &["3", "4"])).await;
+    assert_eq!(device.sent().await, (4, Ok(3)), "a repeat has the first result");
+    assert_eq!(device.sent().await, (5, Ok(4)));
+    device.send(run("c", 9, &["x", "y"])).await;
+    for expected in [9, 10] {
+        assert_eq!(refusal(&mut device).await, (expected, "OUT_OF_ORDER".into()));
+    }
+    device.send(run("nowhere", 1, &["x", "y"])).await;
+    for expected in [1, 2] {
+        assert_eq!(refusal(&mut device).await, (expected, "UNKNOWN_CONVERSATION".into()));
+    }
+    assert_eq!(cluster.metric("stentor_gateway_sends_total").await, 10.0);
+}
+
+#[tokio::test]
+async fn a_run_without_an_answer_is_unknown_and_goes_again() {
+    let cluster = Cluster::start().await;
+    cluster.world.create("c", &["ann"], 0);
+    let mut device = cluster.device("ann", "phone").await;
+    cluster.world.script(|script| script.swallow_answers = true);
+    device.send(run("c", 1, &["1", "2", "3"])).await;
+    until("it is applied", async || cluster.world.head("c") == 3).await;
+    cluster.world.script(|script| {
+        script.swallow_answers = false;
+        script.refuse_proposals = Some(Reason::Overloaded);
+    });
+    cluster.world.cut(1);
+    for expected in [1, 2, 3] {
+        assert_eq!(refusal(&mut device).await, (expected, "OUTCOME_UNKNOWN".into()));
+    }
+    cluster.world.script(|script| script.refuse_proposals = None);
+    device.send(run("c", 1, &["1", "2", "3", "4"])).await;
+    let ServerFrame::Sent(sent) = device.next().await else { panic!("not sent") };
+    assert_eq!((sent.send_no, sent.seq, sent.more, sent.repeat), (1, 1, 2, true));
+    assert_eq!(device.sent().await, (4, Ok(4)));
+    in_order(&cluster, 4);
+}
+
+#[tokio::test]
+async fn a_run_that_no_client_makes_ends_the_session() {
+    let cluster = Cluster::start().await;
+    cluster.world.create("c", &["ann"], 0);
+    let long = "x".repeat(9 * 1024);
+    let senseless = [
+        (run("c", 1, &[]), "MALFORMED"),
+        (run("c", 0, &["x"]), "MALFORMED"),
+        (run("c", u64::MAX, &["x", "y"]), "MALFORMED"),
+        (v1::SendRun { done_no: 1, ..run("c", 1, &["x"]) }, "MALFORMED"),
+        (run("c", 1, &["x"; 129]), "MALFORMED"),
+        (run("c", 1, &[&long, &long]), "MALFORMED"),
+        (run("", 1, &["x"]), "BAD_ID"),
+    ];
+    for (run, reason) in senseless {
+        let mut device = cluster.device("ann", "phone").await;
+        device.send(run).await;
+        let ServerFrame::Fatal(fatal) = device.next().await else { panic!("{reason}") };
+        assert_eq!(fatal.refusal.unwrap().reason, reason);
+    }
+    assert_eq!(cluster.world.head("c"), 0);
 }
 
 /// The second attempt was refused, but the first one was applied: "refused" would be a lie.

@@ -154,7 +154,7 @@ pub const SENDS: u64 = 4;
 pub fn payload_at(shard: ShardId, index: u64) -> EntryPayload<BundleBytes, ReplicaId, openraft::EmptyNode> {
     match index {
         0 => EntryPayload::Membership(Membership::new_with_defaults(vec![[ReplicaId::from_u64(1)].into()], [])),
-        _ => EntryPayload::Normal(BundleBytes(bundle_at(shard, index))),
+        _ => EntryPayload::Normal(BundleBytes::new(bundle_at(shard, index))),
     }
 }
 
@@ -294,7 +294,7 @@ impl Model {
     pub fn apply_to(&mut self, upto: u64) {
         while self.next <= upto {
             if let EntryPayload::Normal(bytes) = payload_at(self.shard, self.next) {
-                let bundle = Bundle::parse(bytes.0.clone()).unwrap();
+                let bundle = Bundle::parse(bytes.bundle.clone()).unwrap();
                 let context = apply::begin_entry(&mut self.stamp, &bundle).unwrap();
                 let mut out = Applied::default();
                 for command in bundle.commands() {
@@ -302,7 +302,7 @@ impl Model {
                 }
                 let fine = out.outcomes.iter().all(|o| matches!(o, Outcome::Accepted { .. }));
                 assert!(fine, "the test's own commands must be accepted: {:?}", out.outcomes);
-                self.chain = apply::chain(self.chain, &bytes.0);
+                self.chain = apply::chain(self.chain, &bytes.bundle);
             }
             self.next += 1;
         }

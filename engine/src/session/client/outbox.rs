@@ -162,6 +162,51 @@ impl<S> Outbox<S> {
         Some(&mut entry.send)
     }
 
+    /// Transmits what is ready as one run, if at least two sends may go together: at most `count` of them. The caller
+    /// fills in the conversation.
+    pub(super) fn transmit_run(&mut self, count: usize, fits: impl Fn(&v1::Send) -> bool) -> Option<v1::SendRun> {
+        let ready = self.ready_run(count.min(limits::RUN_SENDS), fits);
+        if ready < 2 || !self.may_transmit() {
+            return None;
+        }
+        self.stopped = None;
+        let mut items = Vec::with_capacity(ready);
+        for entry in self.pending.range_mut(self.round..self.round + ready) {
+            if entry.send.send_no == 0 {
+                self.last += 1;
+                entry.send.send_no = self.last;
+            }
+            entry.flying = true;
+            let v1::Send { kind, sent_at_ms, body, content_type, .. } = &entry.send;
+            let (content_type, body) = (content_type.clone(), body.clone());
+            items.push(v1::SendItem { kind: *kind, content_type, sent_at_ms: *sent_at_ms, body });
+        }
+        let send_no = self.pending.get(self.round)?.send.send_no;
+        self.in_flight += ready;
+        self.round += ready;
+        Some(v1::SendRun { conversation: String::new(), send_no, done_no: self.position().1.0, items })
+    }
+
+    /// How many sends, from the next one on, may go in one run now.
+    fn ready_run(&self, count: usize, fits: impl Fn(&v1::Send) -> bool) -> usize {
+        let Some(first) = self.pending.get(self.round).filter(|_| !self.probing) else { return 0 };
+        let first = if first.send.send_no > 0 { first.send.send_no } else { self.last + 1 };
+        let open = (first - 1).saturating_sub(self.position().1.0);
+        let count = count.min(limits::MAX_OPEN_SENDS.saturating_sub(open) as usize);
+        let (mut bytes, mut next) = (0, first);
+        let of_run = |entry: &&Entry<S>| {
+            let send = &entry.send;
+            // What was answered out of its turn has left a gap in the numbers.
+            let in_turn = send.send_no == next || send.send_no == 0;
+            next += 1;
+            bytes += send.body.len();
+            let plain = send.client_id.is_empty() && send.first_try_ms == 0;
+            let unconditional = send.expect_version.is_none() && send.expect_epoch.is_none();
+            in_turn && plain && unconditional && bytes <= limits::RUN_BYTES && fits(send)
+        };
+        self.pending.range(self.round..).take(count).take_while(of_run).count()
+    }
+
     /// Takes the next send out unsent: it can't be transmitted at all.
     pub(super) fn take_unsent(&mut self) -> Option<S> {
         let unnumbered = self.pending.get(self.round)?.send.send_no == 0;

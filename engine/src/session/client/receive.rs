@@ -8,6 +8,8 @@ use stentor_proto::{
     v1::{self, response},
 };
 
+use crate::limits;
+
 use super::{
     Answer, Conversation, Limits, Output, Phase, Session, Violation, credit_cost, stream::Stream, subscription,
 };
@@ -178,17 +180,18 @@ impl<S, R> Session<S, R> {
         self.times.answered = now;
         let Some(outbox) = self.outbox(&sent.conversation) else { return };
         let before = outbox.in_flight();
-        let ticket = outbox.sent(sent.send_no);
-        self.landed(now, &sent.conversation, before);
-        if let Some(ticket) = ticket {
-            let answer = Answer::Sent {
-                send_no: SendNo(sent.send_no),
-                seq: Seq(sent.seq),
-                stamp: StampMs(sent.stamp_ms),
-                repeat: sent.repeat,
-            };
-            self.outputs.push_back(Output::Answered { ticket, answer });
+        let (stamp, repeat) = (StampMs(sent.stamp_ms), sent.repeat);
+        let mut answers = Vec::new();
+        // More than can be open are answered by nobody.
+        for further in 0..=u64::from(sent.more).min(limits::MAX_OPEN_SENDS) {
+            let (send_no, seq) = (sent.send_no.saturating_add(further), sent.seq.saturating_add(further));
+            if let Some(ticket) = outbox.sent(send_no) {
+                let answer = Answer::Sent { send_no: SendNo(send_no), seq: Seq(seq), stamp, repeat };
+                answers.push(Output::Answered { ticket, answer });
+            }
         }
+        self.landed(now, &sent.conversation, before);
+        self.outputs.extend(answers);
         self.settle(now, &sent.conversation);
     }
 

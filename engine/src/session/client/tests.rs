@@ -5,8 +5,19 @@ mod model;
 mod scripted;
 
 use proptest::prelude::*;
+use stentor_proto::v1;
 
 use self::model::{Action, World};
+
+/// A run as the sends that it stands for.
+fn sends_of(run: v1::SendRun) -> impl Iterator<Item = v1::Send> {
+    let v1::SendRun { conversation, done_no, items, send_no } = run;
+    (send_no..).zip(items).map(move |(send_no, item)| {
+        let v1::SendItem { kind, content_type, sent_at_ms, body } = item;
+        let conversation = conversation.clone();
+        v1::Send { conversation, send_no, done_no, kind, content_type, sent_at_ms, body, ..Default::default() }
+    })
+}
 
 fn action() -> impl Strategy<Value = Action> {
     prop_oneof![

@@ -165,19 +165,27 @@ impl<S, R> Session<S, R> {
             // The gateway would have to end the connection; without a number nothing behind it is held up.
             let answer = Answer::Refused(Reason::BodyTooLarge.refusal());
             self.outputs.push_back(Output::Answered { ticket, answer });
+            return self.settle(now, id.as_str());
+        }
+        let room = limits.in_flight.saturating_sub(self.in_flight - self.stuck).max(1);
+        let before = outbox.in_flight();
+        if let Some(run) = outbox.transmit_run(room, |send| !too_large(send)) {
+            ClientFrame::SendRun(v1::SendRun { conversation: id.as_str().into(), ..run }).encode(out);
         } else if let Some(send) = outbox.transmit() {
             let frame = ClientFrame::Send(std::mem::take(send));
             frame.encode(out);
             if let ClientFrame::Send(sent) = frame {
                 *send = sent;
             }
+        }
+        if outbox.in_flight() > before {
             if self.in_flight == 0 {
                 self.times.answered = now;
             }
-            if outbox.in_flight() == 1 {
+            if before == 0 {
                 conversation.answered_ms = now;
             }
-            self.in_flight += 1;
+            self.in_flight += outbox.in_flight() - before;
         }
         self.settle(now, id.as_str());
     }

@@ -374,7 +374,7 @@ impl State {
                 let result = if let Some(reason) = self.script.refuse_proposals {
                     proposed::Result::Refusal(reason.refusal())
                 } else if leads {
-                    proposed::Result::Outcome(self.apply(&propose.command).to_proto())
+                    self.applied(&propose.command)
                 } else {
                     proposed::Result::NotLeader(self.not_leader())
                 };
@@ -519,6 +519,24 @@ impl State {
             seq,
         };
         internal::UserState { conversations: changed.map(conversation).collect(), next, head: user.head }
+    }
+
+    fn applied(&mut self, bytes: &Bytes) -> proposed::Result {
+        let command = internal::Command::decode(bytes.clone()).unwrap();
+        let Some(Op::SendRun(run)) = &command.op else {
+            return proposed::Result::Outcome(self.apply(bytes).to_proto());
+        };
+        stentor_engine::command::check(&command).expect("a gateway proposes only what it has checked");
+        self.commands.push(command.clone());
+        let target = String::from_utf8(command.target.to_vec()).unwrap();
+        let internal::SendRun { actor, send_no, done_no, session_no, items } = run.clone();
+        let one_by_one = (send_no..).zip(items).map(|(send_no, item)| {
+            let internal::RunItem { kind, content_type, sent_at_ms, body, refused, .. } = item;
+            let (actor, plain) = (actor.clone(), internal::Send::default());
+            let send = internal::Send { actor, send_no, done_no, session_no, kind, content_type, sent_at_ms, ..plain };
+            self.send(&target, &internal::Send { body, refused, ..send })
+        });
+        proposed::Result::Outcomes(Outcome::spans(&one_by_one.collect::<Vec<_>>()))
     }
 
     fn apply(&mut self, bytes: &Bytes) -> Outcome {

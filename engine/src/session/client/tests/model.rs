@@ -223,8 +223,41 @@ impl World {
                 Some(reason) => self.answer(at, refused(&send, reason, 0)),
                 None => self.pipes.last_mut().unwrap().1.push_back(send),
             },
+            ClientFrame::SendRun(run) => self.run(run),
             ClientFrame::MoveCursors(_) | ClientFrame::Unsubscribe(_) => {}
         }
+    }
+
+    /// A run is proposed as far as the gateway lets it through; what is behind that is refused.
+    fn run(&mut self, run: v1::SendRun) {
+        let count = run.items.len() as u64;
+        assert!(count > 1 && run.done_no < run.send_no, "{run:?}");
+        let refuse = self.refuse_next.take().map(|reason| (self.draws.below(count), reason));
+        for (place, send) in (0..).zip(super::sends_of(run)) {
+            match refuse {
+                Some((first, reason)) if place >= first => self.answer(self.connections, refused(&send, reason, 0)),
+                _ => self.pipes.last_mut().unwrap().1.push_back(send),
+            }
+        }
+    }
+
+    /// Answers of a run come together, now and then.
+    fn answer_sent(&mut self, connection: usize, sent: v1::Sent) {
+        if connection == self.connections
+            && let Some(live) = &mut self.connection
+            && let Some((kind, message)) = live.down.back()
+            && let Ok(Some(ServerFrame::Sent(mut before))) = ServerFrame::decode(*kind, message.clone())
+            && before.conversation == sent.conversation
+            && (before.stamp_ms, before.repeat) == (sent.stamp_ms, sent.repeat)
+            && (before.send_no + u64::from(before.more) + 1, before.seq + u64::from(before.more) + 1)
+                == (sent.send_no, sent.seq)
+            && self.draws.below(3) > 0
+        {
+            before.more += 1;
+            live.down.pop_back();
+            return self.answer(connection, before);
+        }
+        self.answer(connection, sent);
     }
 
     fn index(&self, conversation: &str) -> usize {
@@ -267,7 +300,7 @@ impl World {
             let (body, first) = &sends.results[&send.send_no];
             if *body == send.body {
                 let repeated = v1::Sent { repeat: true, ..first.clone() };
-                return self.answer(connection, repeated);
+                return self.answer_sent(connection, repeated);
             }
             refuse(Reason::SendNoTaken)
         } else {
@@ -286,7 +319,7 @@ impl World {
         sends.last = send.send_no;
         sends.done_no = sends.done_no.max(send.done_no);
         sends.results.insert(send.send_no, (send.body.clone(), sent.clone()));
-        self.answer(connection, sent);
+        self.answer_sent(connection, sent);
     }
 
     fn stream(&mut self, index: usize, count: usize) {

@@ -25,7 +25,16 @@ fn give(device: &mut Device, now: u64, frame: impl Into<ServerFrame>) -> Result<
     device.handle(now, frame.kind(), frame.to_bytes().slice(frame::PREFIX_BYTES..))
 }
 
+/// What was written, runs as the sends that they stand for.
 fn written(device: &mut Device, now: u64) -> Vec<ClientFrame> {
+    let one_by_one = |frame| match frame {
+        ClientFrame::SendRun(run) => super::sends_of(run).map(ClientFrame::Send).collect(),
+        frame => vec![frame],
+    };
+    frames(device, now).into_iter().flat_map(one_by_one).collect()
+}
+
+fn frames(device: &mut Device, now: u64) -> Vec<ClientFrame> {
     let mut out = BytesMut::new();
     device.write_frames(now, &mut out, usize::MAX);
     let mut frames = Vec::new();
@@ -485,4 +494,42 @@ fn a_conversation_without_answers_leaves_the_window_to_the_others() {
     }
     assert_eq!(numbers(&written(&mut device, stuck_at + 3)), [(6, 5, &b"c6"[..])]);
     assert_eq!(answers(&mut device).len(), 6);
+}
+
+#[test]
+fn what_is_ready_goes_as_one_run_and_its_answers_come_as_one() {
+    let (mut device, _) = sending(7, &["probe"]);
+    give(&mut device, 0, sent(8, 1)).unwrap();
+    answers(&mut device);
+    for body in ["a", "b", "c", "d", "e"] {
+        device.send(0, &id("c"), text(body), body).unwrap();
+    }
+    let [ClientFrame::SendRun(run)] = &frames(&mut device, 0)[..] else { panic!("no run") };
+    let bodies: Vec<_> = run.items.iter().map(|item| &item.body[..]).collect();
+    assert_eq!((run.send_no, run.done_no, &run.conversation[..]), (9, 8, "c"));
+    assert_eq!(bodies, [b"a", b"b", b"c", b"d"], "as far as the window goes");
+    give(&mut device, 0, v1::Sent { more: 2, ..sent(9, 2) }).unwrap();
+    let seqs = |(body, answer)| match answer {
+        Answer::Sent { send_no, seq, .. } => (body, send_no.0, seq.0),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(
+        answers(&mut device).into_iter().map(seqs).collect::<Vec<_>>(),
+        [("a", 9, 2), ("b", 10, 3), ("c", 11, 4)]
+    );
+    assert_eq!(numbers(&frames(&mut device, 0)), [(13, 11, &b"e"[..])], "one alone is no run");
+    // A gateway that says more than was sent, or the same again, is believed no further.
+    give(&mut device, 0, v1::Sent { more: u32::MAX, ..sent(11, 4) }).unwrap();
+    assert_eq!(answers(&mut device).into_iter().map(seqs).collect::<Vec<_>>(), [("d", 12, 5), ("e", 13, 6)]);
+}
+
+#[test]
+fn a_send_with_a_key_or_a_condition_goes_alone() {
+    let (mut device, _) = sending(0, &["probe"]);
+    give(&mut device, 0, sent(1, 1)).unwrap();
+    device.send(0, &id("c"), text("a"), "a").unwrap();
+    device.send(0, &id("c"), v1::Send { client_id: "k".into(), ..text("b") }, "b").unwrap();
+    device.send(0, &id("c"), v1::Send { expect_version: Some(1), ..text("c") }, "c").unwrap();
+    let sent: Vec<_> = frames(&mut device, 0).iter().map(ClientFrame::kind).collect();
+    assert_eq!(sent, [5, 5, 5]);
 }
