@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use stentor_transport::probe;
 use tokio::time::sleep_until;
 
-use crate::{BenchError, Outcome, Spent, Target, Usage, meter::Meters};
+use crate::{BenchError, Outcome, Spent, Target, Usage, meter::Meters, processes};
 
 /// Between two looks for somebody who watches.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -20,6 +20,11 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 const METRICS_WITHIN: Duration = Duration::from_secs(5);
 /// A broker's count of fsynced log batches.
 const FSYNCS: &str = "stentor_store_wal_syncs";
+
+/// How the figures of kinds of threads end: CPU of all servers, µs per unit.
+pub(crate) const THREAD_FIGURE: &str = "_threads_cpu_us";
+/// Kinds that need less for a unit are not told.
+const LEAST_THREAD_US: f64 = 0.05;
 
 /// How long is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -92,6 +97,8 @@ pub struct Snapshot {
     at: Instant,
     own: Usage,
     servers: BTreeMap<String, Usage>,
+    /// CPU time in µs, over all servers.
+    threads: BTreeMap<String, u64>,
     fsyncs: Option<u64>,
 }
 
@@ -104,6 +111,8 @@ pub struct Cost {
     pub own: Spent,
     /// The cluster's processes by name; empty when they are not on this machine.
     pub servers: BTreeMap<String, Spent>,
+    /// The same by kinds of threads, over all of them: CPU time in µs.
+    pub threads: BTreeMap<String, u64>,
     /// Batches of the brokers' logs that were fsynced.
     pub fsyncs: Option<u64>,
 }
@@ -114,7 +123,11 @@ impl Snapshot {
         let fsyncs = fsyncs(target).await;
         let servers = target.nodes().iter().filter_map(|node| Some((node.name.clone(), Usage::of(node.pid?).ok()?)));
         let own = Usage::own().map_err(BenchError::io("read /proc/self"))?;
-        Ok(Self { servers: servers.collect(), own, fsyncs, at: Instant::now() })
+        let mut threads = BTreeMap::new();
+        for (kind, us) in target.nodes().iter().filter_map(|node| node.pid).flat_map(processes::threads) {
+            *threads.entry(kind).or_default() += us;
+        }
+        Ok(Self { servers: servers.collect(), threads, own, fsyncs, at: Instant::now() })
     }
 
     /// What was used since an earlier moment.
@@ -124,6 +137,11 @@ impl Snapshot {
             elapsed: self.at - earlier.at,
             own: self.own.since(&earlier.own),
             servers: self.servers.iter().filter_map(spent).collect(),
+            threads: self
+                .threads
+                .iter()
+                .filter_map(|(kind, now)| Some((kind.clone(), now.checked_sub(*earlier.threads.get(kind)?)?)))
+                .collect(),
             fsyncs: self.fsyncs.zip(earlier.fsyncs).map(|(now, then)| now.saturating_sub(then)),
         }
     }
@@ -137,6 +155,12 @@ impl Cost {
             outcome.client_cpu_us = outcome.per_unit(self.own.cpu_us() as f64);
             outcome.processes.insert("bench".into(), self.own);
             return outcome;
+        }
+        for (kind, us) in &self.threads {
+            // What is next to nothing is noise in every comparison.
+            if let Some(each) = outcome.per_unit(*us as f64).filter(|each| *each >= LEAST_THREAD_US) {
+                outcome.figures.insert(format!("{kind}{THREAD_FIGURE}"), each);
+            }
         }
         outcome.with_processes(self.own, self.servers)
     }

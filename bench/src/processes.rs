@@ -2,6 +2,7 @@
 //! the processes, nor make up what may not be read.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -60,7 +61,6 @@ impl Usage {
     fn read(proc_dir: &Path) -> io::Result<Self> {
         let stat = fs::read_to_string(proc_dir.join("stat"))?;
         let (user_ticks, system_ticks) = ticks(&stat).ok_or_else(|| unreadable(proc_dir, "stat"))?;
-        let tick_us = 1_000_000 / rustix::param::clock_ticks_per_second().max(1);
         let status = fs::read_to_string(proc_dir.join("status"))?;
         let io = fs::read_to_string(proc_dir.join("io")).ok();
         let (mut voluntary_switches, mut involuntary_switches) = (0, 0);
@@ -71,8 +71,8 @@ impl Usage {
             involuntary_switches += field(&status, "nonvoluntary_ctxt_switches:").unwrap_or(0);
         }
         Ok(Self {
-            user_us: user_ticks * tick_us,
-            system_us: system_ticks * tick_us,
+            user_us: user_ticks * tick_us(),
+            system_us: system_ticks * tick_us(),
             // A process that is ending has none.
             rss_kib: field(&status, "VmRSS:").unwrap_or(0),
             anonymous_kib: field(&status, "RssAnon:").unwrap_or(0),
@@ -117,6 +117,30 @@ impl Spent {
     }
 }
 
+fn tick_us() -> u64 {
+    1_000_000 / rustix::param::clock_ticks_per_second().max(1)
+}
+
+/// CPU time of a process's living threads in µs, by what their names have in common, in steps of a clock tick. A
+/// thread that ends takes its time along.
+pub fn threads(pid: u32) -> BTreeMap<String, u64> {
+    let mut all = BTreeMap::new();
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return all };
+    for task in tasks.flatten() {
+        let read = |file| fs::read_to_string(task.path().join(file)).ok();
+        let (Some(name), Some(stat)) = (read("comm"), read("stat")) else { continue };
+        let (user, system) = ticks(&stat).unwrap_or_default();
+        *all.entry(kind(&name)).or_default() += (user + system) * tick_us();
+    }
+    all
+}
+
+/// A name without the number of the one thread, fit for a figure: `rocksdb:low7` and `rocksdb:low8` are one.
+fn kind(comm: &str) -> String {
+    let name = comm.trim().trim_end_matches(|c: char| c.is_ascii_digit());
+    name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '_' }).collect()
+}
+
 /// User and system time of a `stat` line. The name in it may contain anything, also blanks and brackets.
 fn ticks(stat: &str) -> Option<(u64, u64)> {
     let after_name = &stat[stat.rfind(')')? + 1..];
@@ -143,6 +167,29 @@ mod tests {
         let stat = "7 (a) b (c)) S 1 7 7 0 -1 4194560 100 0 0 0 250 40 0 0 20 0 3 0 5 1000 10";
         assert_eq!(ticks(stat), Some((250, 40)));
         assert_eq!(ticks("nonsense"), None);
+    }
+
+    #[test]
+    fn threads_are_summed_by_the_kind_of_their_name() {
+        assert_eq!(
+            (kind("rocksdb:low7\n"), kind("tokio-rt-worker\n")),
+            ("rocksdb_low".into(), "tokio_rt_worker".into())
+        );
+        let (stop, waits) = std::sync::mpsc::channel::<()>();
+        let spawn = |n: u32| std::thread::Builder::new().name(format!("busy:one{n}"));
+        let busy = spawn(1).spawn(move || {
+            let mut n = 0u64;
+            while waits.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+                n = std::hint::black_box(n.wrapping_add(1));
+            }
+        });
+        let began = std::time::Instant::now();
+        while threads(std::process::id()).get("busy_one").is_none_or(|us| *us < 20_000) {
+            assert!(began.elapsed() < std::time::Duration::from_secs(20), "a busy thread's time is seen");
+        }
+        drop(stop);
+        busy.unwrap().join().unwrap();
+        assert!(threads(u32::MAX).is_empty());
     }
 
     #[test]

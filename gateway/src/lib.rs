@@ -9,6 +9,8 @@
 pub mod config;
 mod core;
 mod fanout;
+#[doc(hidden)]
+pub mod figures;
 mod inbox;
 mod link;
 mod metrics;

@@ -72,6 +72,7 @@ impl Gauge {
         Cost {
             elapsed: now.at - before.at,
             own: now.own.since(&before.own),
+            threads: BTreeMap::new(),
             servers,
             fsyncs: now.fsyncs.zip(before.fsyncs).map(|(now, before)| now - before),
         }

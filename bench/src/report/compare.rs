@@ -8,7 +8,7 @@
 use serde::Serialize;
 
 use super::{Report, median};
-use crate::{BenchError, Outcome};
+use crate::{BenchError, Outcome, measure::THREAD_FIGURE};
 
 /// Fewer repeats say nothing about noise.
 const MIN_REPEATS: usize = 3;
@@ -45,6 +45,9 @@ const FIGURES: &[Figure] = &[
 ];
 /// Of figures that only some works have.
 const OTHER_FLOOR: f64 = 0.05;
+
+/// Of a kind of threads: where the scheduler puts them differs from run to run.
+const THREAD_FLOOR: f64 = 0.10;
 
 /// What became of a figure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -99,11 +102,16 @@ pub fn compare(before: &Report, after: &Report) -> Result<Vec<Change>, BenchErro
             let (old, new) = (all(&phase.runs, figure.of), all(&other.runs, figure.of));
             changes.extend(change(&phase.name, figure.name, figure.better, figure.floor, &old, &new));
         }
-        for name in phase.median.figures.keys().filter(|name| name.contains("_bytes_per_")) {
+        for name in phase.median.figures.keys() {
+            let floor = match name {
+                name if name.ends_with(THREAD_FIGURE) => THREAD_FLOOR,
+                name if name.contains("_bytes_per_") => OTHER_FLOOR,
+                _ => continue,
+            };
             let of =
                 |runs: &[Outcome]| runs.iter().filter_map(|run| run.figures.get(name).copied()).collect::<Vec<_>>();
             let (old, new) = (of(&phase.runs), of(&other.runs));
-            changes.extend(change(&phase.name, name, Better::Lower, OTHER_FLOOR, &old, &new));
+            changes.extend(change(&phase.name, name, Better::Lower, floor, &old, &new));
         }
         changes.push(errors(&phase.name, phase.median.errors, other.median.errors));
     }

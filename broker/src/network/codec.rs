@@ -6,7 +6,6 @@ use openraft::raft::{
     TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use stentor_proto::{
-    Bytes,
     ids::{ReplicaId, ShardId},
     internal::{self, append_response},
 };
