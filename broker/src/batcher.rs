@@ -345,7 +345,11 @@ fn answer(replies: Vec<Replying>, result: Option<ClientWriteResult<TypeConfig>>)
                         (own, outcomes) = split;
                         Ok(own)
                     }
-                    None => Err(unknown(None)),
+                    None => {
+                        // What is left belongs to nobody that could be told apart.
+                        outcomes = &[];
+                        Err(unknown(None))
+                    }
                 });
             }
         }

@@ -92,7 +92,11 @@ impl Metrics {
         broker.register("proposals", "Commands proposed", self.proposals.clone());
         broker.register("overloads", "Commands refused for want of room", self.overloads.clone());
         broker.register("bundles", "Entries proposed", self.bundles.clone());
-        broker.register("bundle_commands", "Commands of one entry", self.commands_per_bundle.clone());
+        broker.register(
+            "bundle_commands",
+            "Commands of one entry, each send of a run counted",
+            self.commands_per_bundle.clone(),
+        );
         broker.register("live_events", "Events carried to gateways", self.live_events.clone());
         broker.register("live_dropped_events", "Events that a gateway must pull", self.live_dropped.clone());
         broker.register("read_pages", "Pages read", self.pages.clone());

@@ -61,8 +61,9 @@ pub fn begin_entry(last: &mut StampMs, bundle: &Bundle) -> Result<Context, Apply
     Ok(Context { stamp: *last, level: bundle.level })
 }
 
-/// Applies one encoded [`Command`]: pushes its outcomes ([`command::outcomes`], one but for runs) and effects to `out`. `records` is an arena for the
-/// bytes of event records; it must be empty and is empty afterwards (its capacity is what is reused).
+/// Applies one encoded [`Command`]: pushes its outcomes ([`command::outcomes`], one but for runs) and effects to `out`.
+/// `records` is an arena for the bytes of event records; it must be empty and is empty afterwards (its capacity is what is
+/// reused).
 ///
 /// # Errors
 /// See [`ApplyError`]; rows and `out` are as before.

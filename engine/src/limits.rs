@@ -95,11 +95,12 @@ pub const LOAD_QUEUE_HINTS: usize = 256;
 pub const DRAIN_ROWS: usize = 512;
 /// Bytes of event records that may wait for a flush of the state instance before it starts at once.
 pub const FLUSH_BYTES: u64 = 32 * 1024 * 1024;
-/// Bytes of log that a broker keeps below its checkpoints for slower replicas, over all shards: what is kept is merged
-/// and written again, and 4,096 shards with a fixed amount each would fill a disk.
+/// Bytes of its newest log that a broker keeps for slower replicas though checkpoints cover it, over all shards: what is
+/// kept is merged and written again, and 4,096 shards with 64 MiB each would fill a disk.
 pub const KEPT_LOG_BYTES: u64 = 256 * 1024 * 1024;
-/// A shard keeps as much at least: several times what is under way to a follower.
-pub const KEPT_LOG_SHARE_BYTES: u64 = 1024 * 1024;
+/// A shard keeps as much at least: twice what may be under way to a follower ([`APPEND_BYTES_IN_FLIGHT`]), so that a
+/// stream that breaks does not end in a snapshot.
+pub const KEPT_LOG_SHARE_BYTES: u64 = 2 * APPEND_BYTES_IN_FLIGHT as u64;
 /// Bytes of one chunk of a snapshot, by one row at most exceeded.
 pub const SNAPSHOT_CHUNK_BYTES: usize = 256 * 1024;
 /// No chunk that a peer sends may be longer: one chunk and the largest block.
@@ -135,7 +136,8 @@ pub const RECORD_ARENA_BYTES: usize = 64 * 1024;
 
 // Exactly once.
 
-/// Sends of one (device, conversation) whose answers the device has not stored: what one row keeps results for.
+/// Sends of one (device, conversation) whose answers the device has not stored. Their row has results for up to twice as
+/// many: answered ones leave it half a row at a time.
 pub const MAX_OPEN_SENDS: u64 = 1_024;
 /// How long a scope keeps a client id, in ms (24 h).
 pub const CLIENT_KEY_KEPT_MS: u64 = 24 * 60 * 60 * 1_000;

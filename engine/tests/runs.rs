@@ -170,3 +170,40 @@ fn before_their_level_there_are_no_runs() {
     assert_eq!(apply_at(&mut rows, 10, ApplyLevel(2), &command).outcomes, refused);
     assert_eq!(rows, before);
 }
+
+#[test]
+fn more_outcomes_than_a_run_has_are_none() {
+    let accepted = Outcome::Accepted {
+        seq: stentor_proto::ids::Seq(7),
+        stamp: StampMs(1),
+        repeat: false,
+        version: stentor_proto::ids::Version(1),
+    };
+    let mut spans = Outcome::spans(&vec![accepted; 1]);
+    assert_eq!(Outcome::from_spans(&spans).map(|all| all.len()), Some(1));
+    spans.spans[0].more = 127;
+    assert_eq!(Outcome::from_spans(&spans).map(|all| all.len()), Some(128));
+    spans.spans[0].more = 128;
+    assert_eq!(Outcome::from_spans(&spans), None);
+    spans.spans[0].more = u32::MAX;
+    assert_eq!(Outcome::from_spans(&spans), None);
+}
+
+/// What a row keeps beyond its answered numbers is nothing that anybody can tell.
+#[test]
+fn answered_results_leave_a_row_many_at_a_time() {
+    let (mut new, mut old) = (shard(), shard());
+    let command = |send_no: u64| {
+        let send =
+            Send { actor: Some(actor("ann")), send_no, done_no: send_no - 1, body: "x".into(), ..Send::default() };
+        command::send(&app(), &id(), send)
+    };
+    for send_no in 1..=50 {
+        let (one, other) =
+            (apply(&mut new, 10, &command(send_no)), apply_at(&mut old, 10, ApplyLevel(2), &command(send_no)));
+        assert_eq!(one, other);
+        let again = apply(&mut new, 10, &command(send_no.saturating_sub(1).max(1)));
+        let expected = if send_no > 1 { Reason::DedupWindowPassed } else { continue };
+        assert_eq!(again.outcomes, [Outcome::Refused { reason: expected, last: SendNo(send_no) }]);
+    }
+}

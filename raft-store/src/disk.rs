@@ -155,7 +155,9 @@ impl Disk {
         };
         match self {
             Self::Real => {
-                options::past_the_page_cache(&mut options, dir);
+                // The instance may be a mount of its own.
+                let place = if path.is_dir() { &path } else { dir };
+                options::past_the_page_cache(&mut options, place);
                 open_rocks(path, &options).map_err(|error| match error {
                     // The whole directory is to be given up, not this part of it.
                     OpenError::Corrupt { dir: part, what } => {

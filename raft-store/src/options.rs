@@ -26,6 +26,8 @@ const LOG_FILES: i32 = 12;
 
 /// Made and removed again, to see what the file system can do.
 const PROBE_FILE: &str = ".direct-io";
+/// Any device's block.
+const PROBE_BYTES: usize = 4096;
 
 fn both() -> Options {
     let mut options = Options::default();
@@ -43,8 +45,8 @@ fn both() -> Options {
 }
 
 /// Lets flushes and merges write past the page cache, if the file system that has `dir` can do that. What they write is
-/// read late or never; copied into fresh pages of the cache it took a quarter of a broker's CPU, and writing those back
-/// held up the log's fsyncs (docs/performance.md).
+/// read late or never; with one busy conversation, copying it into fresh pages of the cache took a quarter of a broker's
+/// CPU, and writing those back held up the log's fsyncs (docs/performance.md).
 pub(crate) fn past_the_page_cache(options: &mut Options, dir: &Path) {
     options.set_use_direct_io_for_flush_and_compaction(takes_direct_io(dir));
 }
@@ -52,10 +54,17 @@ pub(crate) fn past_the_page_cache(options: &mut Options, dir: &Path) {
 fn takes_direct_io(dir: &Path) -> bool {
     let path = dir.join(PROBE_FILE);
     let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::DIRECT | OFlags::CLOEXEC;
-    let opened = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR).is_ok();
+    let opened = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR);
+    // Some take the flag and refuse the write.
+    let written = opened.is_ok_and(|file| {
+        let block = vec![0; 2 * PROBE_BYTES];
+        let start = block.as_ptr().align_offset(PROBE_BYTES);
+        let aligned = block.get(start..start.saturating_add(PROBE_BYTES));
+        aligned.is_some_and(|block| rustix::io::write(&file, block) == Ok(PROBE_BYTES))
+    });
     // Where it could not be opened it may have been made all the same.
     let _ = std::fs::remove_file(&path);
-    opened
+    written
 }
 
 /// The log instance: entries, votes, truncations, purges; fsynced by the WAL thread.

@@ -212,3 +212,25 @@ pub fn stored_membership(applied: &internal::AppliedRow) -> Result<StoredMembers
     let id = applied.membership_logged.then(|| log_id(applied.membership_term, applied.membership_index));
     Ok(StoredMembership::new(id, membership))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sealed_bytes_serve_the_entry_that_they_were_sealed_for_and_no_other() {
+        let (one, other) = (ShardId(1), ShardId(2));
+        let payload = EntryPayload::Normal(BundleBytes::new(Bytes::from_static(b"a bundle")));
+        let value = entry_bytes(one, &RaftLogEntry { log_id: log_id(3, 7), payload });
+        let sealed = decode_entry(one, 7, &value).unwrap();
+        assert_eq!(entry_bytes(one, &sealed).as_ptr(), value.as_ptr(), "shared");
+        for (shard, term, index) in [(other, 3, 7), (one, 4, 7), (one, 3, 8)] {
+            let moved = RaftLogEntry { log_id: log_id(term, index), payload: sealed.payload.clone() };
+            let made = entry_bytes(shard, &moved);
+            let mut encoded = Vec::new();
+            encode_entry(shard, &moved, &mut encoded);
+            assert_eq!((&made[..], made != value), (&encoded[..], true));
+            assert_eq!(decode_entry(shard, index, &made).unwrap().log_id, log_id(term, index));
+        }
+    }
+}

@@ -22,6 +22,11 @@ use crate::{
 /// Sends that are taken from a stream at a time.
 const SENDS_AT_ONCE: usize = 2 * limits::RUN_SENDS;
 
+/// No more are taken once their bodies have so many bytes.
+const BYTES_AT_ONCE: usize = 1024 * 1024;
+/// Conversations of one stream that are proposed to at the same time.
+const CONVERSATIONS_AT_ONCE: usize = 64;
+
 /// What a stream answers.
 pub(super) type Answers = Pin<Box<dyn Stream<Item = Result<SendAnswer, Status>> + std::marker::Send>>;
 
@@ -52,15 +57,18 @@ fn is_end(status: &Status) -> bool {
 
 /// At least one send, and what has come with it; why no more will come.
 async fn take(sends: &mut Streaming<Send>) -> (Vec<Send>, Option<Status>) {
-    let mut taken = Vec::new();
+    let (mut taken, mut bytes) = (Vec::new(), 0);
     let mut next = Some(sends.message().await);
     while let Some(message) = next {
         match message {
-            Ok(Some(send)) => taken.push(send),
+            Ok(Some(send)) => {
+                bytes += send.body.len();
+                taken.push(send);
+            }
             Ok(None) => return (taken, Some(end())),
             Err(status) => return (taken, Some(status)),
         }
-        next = if taken.len() < SENDS_AT_ONCE { sends.message().now_or_never() } else { None };
+        next = if taken.len() < SENDS_AT_ONCE && bytes < BYTES_AT_ONCE { sends.message().now_or_never() } else { None };
     }
     (taken, None)
 }
@@ -74,9 +82,12 @@ async fn answer_all(api: &Api, claims: &Claims, sends: Vec<Send>) -> Vec<Result<
     }
     let all = by_conversation.into_iter().map(|(id, sends)| of_conversation(api, claims, id, sends));
     let mut answers: Vec<Option<Result<Answer, Status>>> = (0..count).map(|_| None).collect();
-    for (place, answer) in futures_util::future::join_all(all).await.into_iter().flatten() {
-        if let Some(slot) = answers.get_mut(place) {
-            *slot = Some(answer);
+    let mut all = stream::iter(all).buffer_unordered(CONVERSATIONS_AT_ONCE);
+    while let Some(placed) = all.next().await {
+        for (place, answer) in placed {
+            if let Some(slot) = answers.get_mut(place) {
+                *slot = Some(answer);
+            }
         }
     }
     let mut told = Vec::with_capacity(count);
@@ -117,7 +128,7 @@ async fn of_conversation(api: &Api, claims: &Claims, id: String, sends: Vec<(usi
 /// How many of these, at least one, may go as one run.
 fn run_length(claims: &Claims, sends: &[(usize, Send)]) -> usize {
     let Some((_, first)) = sends.first() else { return 0 };
-    if first.send_no == 0 || first.done_no >= first.send_no || claims.device.is_none() {
+    if first.send_no == 0 || claims.device.is_none() {
         return 1;
     }
     let mut bytes = 0;
@@ -125,7 +136,9 @@ fn run_length(claims: &Claims, sends: &[(usize, Send)]) -> usize {
         bytes += send.body.len();
         let plain = send.client_id.is_empty() && send.first_try_ms == 0;
         let unconditional = send.expect_version.is_none() && send.expect_epoch.is_none();
-        send.send_no == *next && plain && unconditional && bytes <= limits::RUN_BYTES
+        // What is told to be done with the last of them is so for all.
+        let open = send.done_no < first.send_no;
+        send.send_no == *next && open && plain && unconditional && bytes <= limits::RUN_BYTES
     };
     (first.send_no..).zip(sends.iter().take(limits::RUN_SENDS)).take_while(fits).count().max(1)
 }
@@ -192,7 +205,7 @@ impl Api {
         let run = internal::SendRun {
             actor: Some(actor(claims)),
             send_no: first.send_no,
-            done_no: first.done_no,
+            done_no: sends.iter().map(|(_, send)| send.done_no).max().unwrap_or(0),
             // A device of this API has no sessions; its numbers alone keep its order.
             session_no: 0,
             items: sends.iter().map(|(_, send)| item(send)).collect(),

@@ -96,6 +96,7 @@ pub fn welcome() -> v1::Welcome {
         max_frame_bytes: 65_536,
         max_body_bytes: 60_000,
         max_in_flight: 256,
+        max_run_sends: 128,
         gateway: "gateway-1".into(),
         ..Default::default()
     }

@@ -258,6 +258,8 @@ struct Limits {
     body_bytes: usize,
     frame_bytes: usize,
     in_flight: usize,
+    /// Sends in one run; 0 where the gateway knows none.
+    run_sends: usize,
 }
 
 #[derive(Debug, Clone, Copy, Default)]

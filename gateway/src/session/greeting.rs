@@ -120,6 +120,7 @@ fn welcome(core: &Core, who: &Who, greeting: &Greeting, session_no: SessionNo) -
         max_frame_bytes: limits.max_frame_bytes as u32,
         max_body_bytes: limits.max_body_bytes as u32,
         max_in_flight: stentor_engine::limits::SESSION_SENDS_IN_FLIGHT as u32,
+        max_run_sends: stentor_engine::limits::RUN_SENDS as u32,
         server_ms: core.wall_ms(),
         gateway: core.config.name.clone(),
     }

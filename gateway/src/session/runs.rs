@@ -12,6 +12,9 @@ use stentor_proto::{
 use super::{Session, unexpected};
 use crate::inbox::{Purpose, Reply};
 
+/// What an item counts for in a device's bytes besides its body and its content type.
+const ITEM_BYTES: usize = 16;
+
 impl Session {
     /// A refusal ends the connection: no client makes such a run.
     pub(super) fn send_run(&mut self, mut run: v1::SendRun) -> Result<(), Reason> {
@@ -25,7 +28,7 @@ impl Session {
         self.core.metrics.sends.inc_by(count as u64);
         let (admitted, refused) = match self.core.shard_of(&self.who.app, conversation.as_str()) {
             Ok(shard) => {
-                let sizes = run.items.iter().map(|item| item.body.len());
+                let sizes = run.items.iter().map(|item| ITEM_BYTES + item.body.len() + item.content_type.len());
                 let (admitted, refused) = self.admit_some(shard, (conversation.as_str(), run.send_no), sizes);
                 let items = run.items.drain(..).take(admitted).collect();
                 self.propose_run(shard, &conversation, v1::SendRun { items, ..run.clone() })?;
@@ -69,6 +72,13 @@ impl Session {
         result: Result<Reply, Refusal>,
     ) {
         self.server.sends_answered(shard, count, result.is_ok(), self.core.now_ms());
+        let result = match result {
+            // A run of one has one.
+            Ok(Reply::Outcome(outcome)) if count == 1 => {
+                Ok(Reply::Outcomes(vec![OutcomeSpan { outcome: Some(outcome.to_proto()), more: 0 }]))
+            }
+            result => result,
+        };
         match result {
             Ok(Reply::Outcomes(spans)) => {
                 let mut told = 0;

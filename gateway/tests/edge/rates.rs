@@ -48,7 +48,13 @@ async fn a_send_over_the_rate_is_refused_for_now_with_all_behind_it() {
 
 #[tokio::test]
 async fn of_a_run_over_the_rate_the_first_go_on() {
-    let cluster = Cluster::with(2, |limits| limits.sends = RateLimit { per_s: 1, burst: 3 }).await;
+    for burst in [1, 3] {
+        of_a_run_so_many_go_on(burst).await;
+    }
+}
+
+async fn of_a_run_so_many_go_on(burst: u32) {
+    let cluster = Cluster::with(2, |limits| limits.sends = RateLimit { per_s: 1, burst: burst.into() }).await;
     cluster.world.create("c", &["ann"], 0);
     let mut ann = cluster.device("ann", "phone").await;
     let item = |n: u64| v1::SendItem { body: Bytes::from(n.to_string()), ..Default::default() };
@@ -56,16 +62,17 @@ async fn of_a_run_over_the_rate_the_first_go_on() {
     ann.send(v1::SendRun { conversation: "c".into(), send_no: 1, done_no: 0, items }).await;
     let mut refused = Vec::new();
     let mut sent = None;
-    while refused.len() < 3 || sent.is_none() {
+    while refused.len() < 6 - burst as usize || sent.is_none() {
         match ann.next().await {
             ServerFrame::Sent(of) => sent = Some((of.send_no, of.more)),
             ServerFrame::SendRefused(of) => refused.push((of.send_no, of.refusal.unwrap().reason)),
             _ => {}
         }
     }
-    assert_eq!(sent, Some((1, 2)));
-    assert_eq!(refused, [4, 5, 6].map(|n| (n, "RATE_LIMITED".to_owned())));
-    ann.send(send("c", 5)).await;
+    assert_eq!(sent, Some((1, burst - 1)));
+    let numbers = refused.iter().map(|(n, reason)| (*n, reason.as_str()));
+    assert!(numbers.eq((u64::from(burst) + 1..=6).map(|n| (n, "RATE_LIMITED"))), "{refused:?}");
+    ann.send(send("c", 6)).await;
     let (_, behind) = ann.sent().await;
     assert_eq!(behind.unwrap_err().reason, "RATE_LIMITED", "until the device comes back to the first");
 }

@@ -163,6 +163,8 @@ async fn a_run_is_one_command_and_one_answer() {
         assert_eq!(refusal(&mut device).await, (expected, "UNKNOWN_CONVERSATION".into()));
     }
     assert_eq!(cluster.metric("stentor_gateway_sends_total").await, 10.0);
+    device.send(run("c", 6, &["5"])).await;
+    assert_eq!(device.sent().await, (6, Ok(5)), "a run of one");
 }
 
 #[tokio::test]

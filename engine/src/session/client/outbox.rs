@@ -164,7 +164,7 @@ impl<S> Outbox<S> {
 
     /// Transmits what is ready as one run, if at least two sends may go together: at most `count` of them. The caller
     /// fills in the conversation.
-    pub(super) fn transmit_run(&mut self, count: usize, fits: impl Fn(&v1::Send) -> bool) -> Option<v1::SendRun> {
+    pub(super) fn transmit_run(&mut self, count: usize, fits: impl FnMut(&v1::Send) -> bool) -> Option<v1::SendRun> {
         let ready = self.ready_run(count.min(limits::RUN_SENDS), fits);
         if ready < 2 || !self.may_transmit() {
             return None;
@@ -188,7 +188,7 @@ impl<S> Outbox<S> {
     }
 
     /// How many sends, from the next one on, may go in one run now.
-    fn ready_run(&self, count: usize, fits: impl Fn(&v1::Send) -> bool) -> usize {
+    fn ready_run(&self, count: usize, mut fits: impl FnMut(&v1::Send) -> bool) -> usize {
         let Some(first) = self.pending.get(self.round).filter(|_| !self.probing) else { return 0 };
         let first = if first.send.send_no > 0 { first.send.send_no } else { self.last + 1 };
         let open = (first - 1).saturating_sub(self.position().1.0);
@@ -196,8 +196,9 @@ impl<S> Outbox<S> {
         let (mut bytes, mut next) = (0, first);
         let of_run = |entry: &&Entry<S>| {
             let send = &entry.send;
-            // What was answered out of its turn has left a gap in the numbers.
-            let in_turn = send.send_no == next || send.send_no == 0;
+            // What was answered out of its turn has left a gap in the numbers, and what has none gets the one after the
+            // last: neither may stand where a run would number it otherwise.
+            let in_turn = send.send_no == next || send.send_no == 0 && next > self.last;
             next += 1;
             bytes += send.body.len();
             let plain = send.client_id.is_empty() && send.first_try_ms == 0;

@@ -47,6 +47,7 @@ impl<S, R> Session<S, R> {
             body_bytes: welcome.max_body_bytes as usize,
             frame_bytes: welcome.max_frame_bytes as usize,
             in_flight: (welcome.max_in_flight as usize).max(1),
+            run_sends: welcome.max_run_sends as usize,
         };
         self.outputs.push_back(Output::Welcome(welcome));
         self.resume(now);

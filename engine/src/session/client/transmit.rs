@@ -16,7 +16,9 @@ use crate::limits;
 /// After the moment to leave has come, sends in flight get this long for their answers, in ms.
 const LEAVE_GRACE_MS: u64 = 1_000;
 /// What a frame has besides the fields of a send.
-const FRAME_SLACK_BYTES: usize = 16;
+const FRAME_SLACK_BYTES: usize = 48;
+/// What an item of a run has besides its body and its content type: tags, lengths, a kind, a time.
+const ITEM_SLACK_BYTES: usize = 48;
 
 impl<S, R> Session<S, R> {
     /// There is a connection: greets. The nonce is the same for all connections of one session.
@@ -168,8 +170,13 @@ impl<S, R> Session<S, R> {
             return self.settle(now, id.as_str());
         }
         let room = limits.in_flight.saturating_sub(self.in_flight - self.stuck).max(1);
+        let mut frame_bytes = FRAME_SLACK_BYTES + id.as_str().len();
+        let fits = |send: &v1::Send| {
+            frame_bytes += ITEM_SLACK_BYTES + send.body.len() + send.content_type.len();
+            !too_large(send) && frame_bytes <= limits.frame_bytes
+        };
         let before = outbox.in_flight();
-        if let Some(run) = outbox.transmit_run(room, |send| !too_large(send)) {
+        if let Some(run) = outbox.transmit_run(room.min(limits.run_sends), fits) {
             ClientFrame::SendRun(v1::SendRun { conversation: id.as_str().into(), ..run }).encode(out);
         } else if let Some(send) = outbox.transmit() {
             let frame = ClientFrame::Send(std::mem::take(send));

@@ -536,7 +536,11 @@ impl State {
             let send = internal::Send { actor, send_no, done_no, session_no, kind, content_type, sent_at_ms, ..plain };
             self.send(&target, &internal::Send { body, refused, ..send })
         });
-        proposed::Result::Outcomes(Outcome::spans(&one_by_one.collect::<Vec<_>>()))
+        // As a broker: one outcome is told alone, whatever it is of.
+        match &one_by_one.collect::<Vec<_>>()[..] {
+            [outcome] => proposed::Result::Outcome(outcome.to_proto()),
+            outcomes => proposed::Result::Outcomes(Outcome::spans(outcomes)),
+        }
     }
 
     fn apply(&mut self, bytes: &Bytes) -> Outcome {

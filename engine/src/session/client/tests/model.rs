@@ -200,6 +200,7 @@ impl World {
                     max_body_bytes: 1_000,
                     max_frame_bytes: 65_536,
                     max_in_flight: 16,
+                    max_run_sends: 128,
                     ..Default::default()
                 };
                 self.answer(at, welcome);
@@ -319,6 +320,10 @@ impl World {
         sends.last = send.send_no;
         sends.done_no = sends.done_no.max(send.done_no);
         sends.results.insert(send.send_no, (send.body.clone(), sent.clone()));
+        if self.draws.below(10) == 0 {
+            // A gateway that lost the leader with this one, and found the next one for those behind it.
+            return self.answer(connection, refused(&send, Reason::OutcomeUnknown, 0));
+        }
         self.answer_sent(connection, sent);
     }
 

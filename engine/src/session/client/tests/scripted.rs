@@ -55,6 +55,7 @@ fn welcome() -> v1::Welcome {
         max_body_bytes: 100,
         max_frame_bytes: 65_536,
         max_in_flight: 4,
+        max_run_sends: 128,
         ..Default::default()
     }
 }
@@ -532,4 +533,58 @@ fn a_send_with_a_key_or_a_condition_goes_alone() {
     device.send(0, &id("c"), v1::Send { expect_version: Some(1), ..text("c") }, "c").unwrap();
     let sent: Vec<_> = frames(&mut device, 0).iter().map(ClientFrame::kind).collect();
     assert_eq!(sent, [5, 5, 5]);
+}
+
+/// The numbers of what was answered are behind the gap: no run may reach across it.
+#[test]
+fn a_run_stops_at_a_gap_in_the_numbers() {
+    let (mut device, _) = sending(0, &["probe"]);
+    give(&mut device, 0, sent(1, 1)).unwrap();
+    for body in ["a", "b", "c", "d"] {
+        device.send(0, &id("c"), text(body), body).unwrap();
+    }
+    assert_eq!(numbers(&written(&mut device, 0)).iter().map(|n| n.0).collect::<Vec<_>>(), [2, 3, 4, 5]);
+    // 2 and 3 may have been applied, 4 and 5 were.
+    refuse(&mut device, 0, 2, Reason::OutcomeUnknown, 0);
+    refuse(&mut device, 0, 3, Reason::OutcomeUnknown, 0);
+    give(&mut device, 0, v1::Sent { more: 1, ..sent(4, 4) }).unwrap();
+    answers(&mut device);
+    for body in ["x", "y"] {
+        device.send(0, &id("c"), text(body), body).unwrap();
+    }
+    let later = 60_000;
+    device.tick(later).unwrap();
+    let runs: Vec<_> = frames(&mut device, later)
+        .into_iter()
+        .filter_map(|frame| match frame {
+            ClientFrame::SendRun(run) => Some((run.send_no, run.items.into_iter().map(|i| i.body).collect::<Vec<_>>())),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(runs, [(2, vec!["a".into(), "b".into()]), (6, vec!["x".into(), "y".into()])]);
+}
+
+#[test]
+fn a_run_keeps_within_the_limits_of_its_connection() {
+    let run_of = |welcome: v1::Welcome| {
+        let mut device = device();
+        open(&mut device, 0);
+        device.send(0, &id("c"), text("probe"), "probe").unwrap();
+        let asked = question(&written(&mut device, 0)).unwrap();
+        give(&mut device, 0, state(asked, 0)).unwrap();
+        written(&mut device, 0);
+        device.connected(0, "token", &[1; 16]);
+        written(&mut device, 0);
+        give(&mut device, 0, welcome).unwrap();
+        written(&mut device, 0);
+        give(&mut device, 0, sent(1, 1)).unwrap();
+        for _ in 0..4 {
+            device.send(0, &id("c"), text("twelve bytes"), "x").unwrap();
+        }
+        frames(&mut device, 0).iter().map(ClientFrame::kind).collect::<Vec<_>>()
+    };
+    assert_eq!(run_of(welcome()), [10], "all in one");
+    assert_eq!(run_of(v1::Welcome { max_run_sends: 0, ..welcome() }), [5; 4], "this gateway knows no runs");
+    assert_eq!(run_of(v1::Welcome { max_run_sends: 2, ..welcome() }), [10, 10]);
+    assert_eq!(run_of(v1::Welcome { max_frame_bytes: 49 + 2 * 60, ..welcome() }), [10, 10], "two to a frame");
 }
