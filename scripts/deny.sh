@@ -10,4 +10,6 @@ if [ "$("$root/bin/cargo-deny" --version 2>/dev/null)" != "cargo-deny $version" 
   env -u CARGO_TARGET_DIR RUSTFLAGS= cargo install cargo-deny --version "$version" --locked --quiet \
     --no-default-features --root "$root" >&2
 fi
+# Building downloads what this machine links; the graph has other systems' crates too.
+cargo fetch --locked --quiet >&2 || echo "deny.sh: not every crate could be fetched" >&2
 exec "$root/bin/cargo-deny" --offline --locked check --hide-inclusion-graph licenses bans sources
