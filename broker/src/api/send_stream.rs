@@ -78,7 +78,10 @@ async fn answer_all(api: &Api, claims: &Claims, sends: Vec<Send>) -> Vec<Result<
     let count = sends.len();
     let mut by_conversation: BTreeMap<String, Vec<(usize, Send)>> = BTreeMap::new();
     for (place, send) in sends.into_iter().enumerate() {
-        by_conversation.entry(send.conversation.clone()).or_default().push((place, send));
+        match by_conversation.get_mut(&send.conversation) {
+            Some(sends) => sends.push((place, send)),
+            None => drop(by_conversation.insert(send.conversation.clone(), vec![(place, send)])),
+        }
     }
     let all = by_conversation.into_iter().map(|(id, sends)| of_conversation(api, claims, id, sends));
     let mut answers: Vec<Option<Result<Answer, Status>>> = (0..count).map(|_| None).collect();
@@ -199,8 +202,9 @@ impl Api {
         let shard = self.shard_of(&claims.app, id)?;
         let Some((_, first)) = sends.first() else { return Ok(Vec::new()) };
         let item = |send: &Send| {
-            let Send { kind, content_type, sent_at_ms, body, .. } = send.clone();
-            command::run_item(v1::SendItem { kind, content_type, sent_at_ms, body }, limits::MAX_BODY_BYTES)
+            let (content_type, body) = (send.content_type.clone(), send.body.clone());
+            let item = v1::SendItem { kind: send.kind, content_type, sent_at_ms: send.sent_at_ms, body };
+            command::run_item(item, limits::MAX_BODY_BYTES)
         };
         let run = internal::SendRun {
             actor: Some(actor(claims)),

@@ -47,24 +47,20 @@ impl Claim {
 
     /// The send at this place of a run, the same as if it had come alone.
     pub(crate) fn of_item(run: &SendRun, place: usize, item: &RunItem) -> Self {
-        let hash = hash_words([
-            u64::from(item.refused) << 32 | u64::from(item.kind as u32),
-            item.sent_at_ms,
-            0,
-            0,
-            0,
-            EMPTY_HASH,
-            if item.content_type.is_empty() { EMPTY_HASH } else { XxHash3_64::oneshot(&item.content_type) },
-            if item.body.is_empty() { EMPTY_HASH } else { XxHash3_64::oneshot(&item.body) },
-            u64::from(item.body_crc),
-        ]);
+        let content = Content {
+            refused: item.refused,
+            kind: item.kind,
+            sent_at_ms: item.sent_at_ms,
+            client_key: (&[], 0),
+            expect: [None, None],
+            content_type: &item.content_type,
+            body: (&item.body, item.body_crc),
+        };
+        let hash = content.hash();
         let &SendRun { send_no, done_no, session_no, .. } = run;
         Self { send_no: send_no + place as u64, done_no, session_no, hash }
     }
 }
-
-/// XXH3 (64 bits, seed 0) of nothing.
-const EMPTY_HASH: u64 = 0x2d06_8005_38d3_94c2;
 
 /// Judges a send by its number. `fresh` sends of the same command were judged fresh before it.
 pub(crate) fn judge(row: Option<&SendStateRow>, fresh: u64, send: &Claim) -> Result<Judged, ApplyError> {
@@ -173,20 +169,49 @@ impl State {
     }
 }
 
-/// What makes two sends of one number the same: all that a retry keeps, so without `done_no`. Stored in rows: frozen.
+/// What makes two sends of one number the same: all that a retry keeps, so without `done_no`. Its hash is stored in rows:
+/// frozen.
+struct Content<'a> {
+    refused: u32,
+    kind: i32,
+    sent_at_ms: u64,
+    /// Client id and first try.
+    client_key: (&'a [u8], u64),
+    /// Version and epoch.
+    expect: [Option<u64>; 2],
+    content_type: &'a [u8],
+    /// With its CRC32, which `apply` has checked.
+    body: (&'a [u8], u32),
+}
+
+impl Content<'_> {
+    fn hash(&self) -> u64 {
+        let [version, epoch] = self.expect.map(|expected| expected.map_or(0, |e| e.wrapping_add(1)));
+        hash_words([
+            u64::from(self.refused) << 32 | u64::from(self.kind as u32),
+            self.sent_at_ms,
+            self.client_key.1,
+            version,
+            epoch,
+            XxHash3_64::oneshot(self.client_key.0),
+            XxHash3_64::oneshot(self.content_type),
+            XxHash3_64::oneshot(self.body.0),
+            u64::from(self.body.1),
+        ])
+    }
+}
+
 fn hash(send: &Send, body_crc: u32) -> u64 {
-    let (client_id, first_try_ms) = send.client_key.as_ref().map_or((&[][..], 0), |k| (&k.client_id, k.first_try_ms));
-    hash_words([
-        u64::from(send.refused) << 32 | u64::from(send.kind as u32),
-        send.sent_at_ms,
-        first_try_ms,
-        send.expect_version.map_or(0, |v| v.wrapping_add(1)),
-        send.expect_epoch.map_or(0, |e| e.wrapping_add(1)),
-        XxHash3_64::oneshot(client_id),
-        XxHash3_64::oneshot(&send.content_type),
-        XxHash3_64::oneshot(&send.body),
-        u64::from(body_crc),
-    ])
+    let content = Content {
+        refused: send.refused,
+        kind: send.kind,
+        sent_at_ms: send.sent_at_ms,
+        client_key: send.client_key.as_ref().map_or((&[], 0), |k| (&k.client_id, k.first_try_ms)),
+        expect: [send.expect_version, send.expect_epoch],
+        content_type: &send.content_type,
+        body: (&send.body, body_crc),
+    };
+    content.hash()
 }
 
 /// One hash over fixed words; longer parts come in as their own hashes.

@@ -179,20 +179,20 @@ impl<S, R> Session<S, R> {
 
     fn sent(&mut self, now: u64, sent: &v1::Sent) {
         self.times.answered = now;
-        let Some(outbox) = self.outbox(&sent.conversation) else { return };
+        let Self { conversations, outputs, .. } = self;
+        let found = conversations.get_mut(sent.conversation.as_str());
+        let Some(outbox) = found.and_then(|c: &mut Conversation<S>| c.outbox.as_deref_mut()) else { return };
         let before = outbox.in_flight();
         let (stamp, repeat) = (StampMs(sent.stamp_ms), sent.repeat);
-        let mut answers = Vec::new();
         // More than can be open are answered by nobody.
         for further in 0..=u64::from(sent.more).min(limits::MAX_OPEN_SENDS) {
             let (send_no, seq) = (sent.send_no.saturating_add(further), sent.seq.saturating_add(further));
             if let Some(ticket) = outbox.sent(send_no) {
                 let answer = Answer::Sent { send_no: SendNo(send_no), seq: Seq(seq), stamp, repeat };
-                answers.push(Output::Answered { ticket, answer });
+                outputs.push_back(Output::Answered { ticket, answer });
             }
         }
         self.landed(now, &sent.conversation, before);
-        self.outputs.extend(answers);
         self.settle(now, &sent.conversation);
     }
 
@@ -263,9 +263,5 @@ impl<S, R> Session<S, R> {
             }
         }
         self.outputs.push_back(Output::CursorsMoved(moved));
-    }
-
-    fn outbox(&mut self, conversation: &str) -> Option<&mut super::Outbox<S>> {
-        self.conversations.get_mut(conversation)?.outbox.as_deref_mut()
     }
 }
