@@ -37,7 +37,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{clocks::Clocks, interest::Attached, metrics::Metrics, raft::Raft, shard::Leadership};
+use crate::{clocks::Clocks, interest::Attached, metrics::Metrics, parking::Idle, raft::Raft, shard::Leadership};
 
 /// Why a command has no outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -169,6 +169,7 @@ pub(crate) struct Parts {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) own: BrokerId,
     pub(crate) host: Host,
+    pub(crate) idle: Arc<Idle>,
 }
 
 /// A shard's batcher, and the task that it is; it ends with `stop`.
@@ -293,6 +294,7 @@ impl Batcher {
         if !leadership.ready {
             return refuse(replies, not_leader);
         }
+        self.parts.idle.in_use().await;
         let stamp = self.stamp(leadership.term);
         let metrics = &self.parts.metrics;
         metrics.bundles.inc();

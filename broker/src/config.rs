@@ -56,9 +56,16 @@ pub struct BrokerConfig {
     /// How a cluster is made the first time. Ignored by a directory that belongs to a cluster already.
     #[serde(default)]
     pub bootstrap: Option<Bootstrap>,
+    /// A shard in which nothing happened for so long parks, in ms; 0: none ever does.
+    #[serde(default = "park_after_ms")]
+    pub park_after_ms: u64,
     /// Tuning of the store.
     #[serde(default)]
     pub store: StoreTuning,
+}
+
+fn park_after_ms() -> u64 {
+    limits::PARK_AFTER_MS
 }
 
 /// Where another broker is.
@@ -153,6 +160,11 @@ impl BrokerConfig {
         let config: Self = toml::from_str(text).map_err(|e| explain(e.message()))?;
         config.check()?;
         Ok(config)
+    }
+
+    /// After how long without news a shard parks.
+    pub(crate) fn park_after(&self) -> Option<Duration> {
+        (self.park_after_ms > 0).then(|| Duration::from_millis(self.park_after_ms))
     }
 
     /// Checks what types cannot say.

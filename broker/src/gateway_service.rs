@@ -110,7 +110,7 @@ async fn serve(node: Arc<Node>, mut inbound: Streaming<GatewayBatch>, stream: Ar
         }
     }
     stream.queue.close();
-    for hosted in node.all_hosted() {
+    for hosted in node.all_hosted().iter() {
         hosted.effects.interest.forget(&stream);
     }
     tracing::debug!(caller = stream.name, "a stream ended");
@@ -364,13 +364,15 @@ pub(crate) async fn beats(node: Arc<Node>) {
             () = node.stop.cancelled() => return,
         }
         let mut leaders = 0;
-        for hosted in node.all_hosted() {
+        for hosted in node.all_hosted().iter() {
             let Ok(leader) = hosted.raft.as_leader() else { continue };
             leaders += 1;
             let term = leader.term();
-            match leader.last_quorum_acked().map(|at| crate::raft::LEASE.saturating_sub(at.elapsed())) {
-                Some(left) if !left.is_zero() => hosted.effects.interest.beat(term, left.as_millis() as u32),
-                _ => hosted.effects.interest.close(term),
+            let acked = leader.last_quorum_acked().map(|at| crate::raft::LEASE.saturating_sub(at.elapsed()));
+            let left = acked.unwrap_or_default().max(node.links.parking.lease_left(hosted.shard));
+            match left.as_millis() as u32 {
+                0 => hosted.effects.interest.close(term),
+                left => hosted.effects.interest.beat(term, left),
             }
         }
         node.metrics.leaders.set(leaders);

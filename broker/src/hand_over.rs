@@ -7,16 +7,18 @@ use openraft::{Instant as _, alias::SerdeInstantOf, async_runtime::WatchReceiver
 use stentor_proto::ids::ReplicaId;
 use stentor_raft_store::types::TypeConfig;
 
-use crate::{node::Node, raft::LEASE, shard::HostedShard};
+use crate::{node::Node, parking, raft::LEASE, shard::HostedShard};
 
 /// The shards that this broker leads.
-pub(crate) fn led(node: &Node) -> impl Iterator<Item = Arc<HostedShard>> {
-    node.all_hosted().into_iter().filter(|hosted| hosted.leadership().leads)
+pub(crate) fn led(node: &Node) -> Vec<Arc<HostedShard>> {
+    node.all_hosted().iter().filter(|hosted| hosted.leadership().leads).cloned().collect()
 }
 
 /// Asks a successor for each of them; where there is none, this broker goes on leading.
 pub(crate) async fn all(node: &Node) {
-    for hosted in led(node) {
+    let led = led(node);
+    parking::settle(led.iter().map(|hosted| &**hosted)).await;
+    for hosted in led {
         if let Some(successor) = successor(&hosted) {
             // An error means that the replica has stopped.
             let _ = hosted.raft.trigger().transfer_leader(successor).await;

@@ -71,6 +71,7 @@ pub(crate) async fn open(
             raft.runtime_config().elect(!links.replaced.has(shard));
         });
     }
+    let idle = node.links.parking.idle(shard, raft.clone());
     let (known, leadership) = watch::channel(Leadership::default());
     let (proposer, batching) = batcher::start(
         batcher::Parts {
@@ -82,6 +83,7 @@ pub(crate) async fn open(
             metrics: node.metrics.clone(),
             own: node.broker,
             host: node.host.clone(),
+            idle: idle.clone(),
         },
         node.stop.clone(),
     );
@@ -89,8 +91,8 @@ pub(crate) async fn open(
     let observer = node.environment.observer.clone();
     let leads = move |term| observer.iter().for_each(|observer| observer.leads(shard, own, term));
     let (reader, stop) = (parts.reader, node.stop.clone());
-    node.spawn(follow_leadership(raft.clone(), reader.clone(), effects.clone(), known, stop, leads));
-    let hosted = HostedShard { shard, own, raft, reader, slots, voted_before, leadership, proposer, effects };
+    node.spawn(follow_leadership(raft.clone(), reader.clone(), effects.clone(), known, stop, leads, idle.clone()));
+    let hosted = HostedShard { shard, own, raft, reader, slots, voted_before, leadership, proposer, effects, idle };
     let hosted = Arc::new(hosted);
     node.host(hosted.clone());
     if node.links.replaced.has(shard) {

@@ -208,7 +208,7 @@ pub(crate) async fn identify(node: &Node, asked: &IdentifyRequest) -> IdentifyRe
     let view = node.meta.view();
     let broker = BrokerId(asked.broker);
     let asking = ReplicaId { broker, incarnation: Incarnation(asked.incarnation) };
-    let hosted = if asked.incarnation == 0 { Vec::new() } else { node.all_hosted() };
+    let hosted = if asked.incarnation == 0 { Arc::default() } else { node.all_hosted() };
     IdentifyResponse {
         replaced: hosted.iter().filter(|h| h.has_replaced(asking)).map(|h| h.shard.0).collect(),
         cluster_id,

@@ -21,6 +21,7 @@ mod metrics;
 mod network;
 mod node;
 mod outbox;
+mod parking;
 mod pulse;
 mod queue;
 mod raft;

@@ -26,6 +26,8 @@ pub(crate) async fn run(node: Arc<Node>) {
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut steps: JoinSet<ShardId> = JoinSet::new();
     let mut under_way: BTreeSet<ShardId> = BTreeSet::new();
+    // A parked shard was settled, and is looked at again when that may have changed.
+    let mut looked_at = None;
     loop {
         tokio::select! {
             _ = every.tick() => {}
@@ -36,13 +38,20 @@ pub(crate) async fn run(node: Arc<Node>) {
             () = node.stop.cancelled() => return,
         }
         let Some(view) = node.meta.view() else { continue };
-        for hosted in node.all_hosted() {
+        let changed = looked_at.replace(view.version()) != Some(view.version());
+        for hosted in node.all_hosted().iter() {
+            if hosted.idle.is_parked() {
+                if changed && hosted.ready() && !is_settled(&view, hosted) {
+                    hosted.idle.wake();
+                }
+                continue;
+            }
             if !hosted.ready() || under_way.contains(&hosted.shard) {
                 continue;
             }
-            if let Some((step, seen)) = due(&view, &hosted) {
+            if let Some((step, seen)) = due(&view, hosted) {
                 under_way.insert(hosted.shard);
-                steps.spawn(take(hosted, step, seen));
+                steps.spawn(take(hosted.clone(), step, seen));
             }
         }
     }

@@ -201,7 +201,8 @@ pub(crate) async fn follow(node: Arc<Node>, reader: ShardReader, own: ReplicaId)
 
 /// Who leads which shard, as far as this broker's replicas know.
 pub(crate) fn leader_hints(node: &Node) -> Vec<LeaderHint> {
-    let hints = node.all_hosted().into_iter().filter_map(|hosted| {
+    let all = node.all_hosted();
+    let hints = all.iter().filter_map(|hosted| {
         let known = hosted.leadership();
         let broker = known.leader?.broker.0;
         Some(LeaderHint { shard: hosted.shard.0, broker, term: known.term })

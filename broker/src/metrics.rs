@@ -39,6 +39,8 @@ pub(crate) struct Metrics {
     pub(crate) leaders: Gauge,
     /// Replicas hosted here.
     pub(crate) replicas: Gauge,
+    /// Replicas that are parked.
+    pub(crate) parked: Gauge,
     /// Entries committed and not yet applied, the worst of all replicas.
     pub(crate) apply_lag: Gauge,
     store: StoreGauges,
@@ -76,6 +78,7 @@ impl Default for Metrics {
             gateways: Gauge::default(),
             leaders: Gauge::default(),
             replicas: Gauge::default(),
+            parked: Gauge::default(),
             apply_lag: Gauge::default(),
             store: StoreGauges::default(),
             registry: Mutex::new(Registry::default()),
@@ -106,6 +109,7 @@ impl Metrics {
         broker.register("attached_gateways", "Gateways attached", self.gateways.clone());
         broker.register("led_shards", "Shards led here", self.leaders.clone());
         broker.register("hosted_replicas", "Replicas hosted here", self.replicas.clone());
+        broker.register("parked_replicas", "Replicas that are parked", self.parked.clone());
         broker.register("apply_lag_entries", "Entries committed and not applied", self.apply_lag.clone());
         let store = registry.sub_registry_with_prefix("stentor_store");
         let s = &self.store;

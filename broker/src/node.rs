@@ -34,9 +34,17 @@ pub(crate) struct Node {
     pub(crate) failed: watch::Sender<Option<String>>,
     /// What this broker waits for before it can take part, for people.
     waits_for: Mutex<Option<String>>,
-    hosted: ArcSwap<HashMap<ShardId, Arc<HostedShard>>>,
+    hosted: ArcSwap<Hosted>,
     /// Everything that runs beside calls: a stopped broker must hold nothing of its directory any more.
     tasks: Mutex<JoinSet<()>>,
+}
+
+/// The replicas of a broker.
+#[derive(Default)]
+struct Hosted {
+    by_shard: HashMap<ShardId, Arc<HostedShard>>,
+    /// Ascending by shard.
+    all: Arc<[Arc<HostedShard>]>,
 }
 
 /// What [`Node::new`] takes: everything but what is made here.
@@ -94,7 +102,7 @@ impl Node {
     }
 
     /// Lets go of all replicas.
-    pub(crate) fn let_go(&self) -> Vec<Arc<HostedShard>> {
+    pub(crate) fn let_go(&self) -> Arc<[Arc<HostedShard>]> {
         let all = self.all_hosted();
         self.hosted.store(Arc::default());
         all
@@ -102,23 +110,23 @@ impl Node {
 
     /// The replica of a shard, if this broker has one.
     pub(crate) fn hosted(&self, shard: ShardId) -> Option<Arc<HostedShard>> {
-        self.hosted.load().get(&shard).cloned()
+        self.hosted.load().by_shard.get(&shard).cloned()
     }
 
     /// All replicas, ascending by shard.
-    pub(crate) fn all_hosted(&self) -> Vec<Arc<HostedShard>> {
-        let mut all: Vec<_> = self.hosted.load().values().cloned().collect();
-        all.sort_unstable_by_key(|hosted| hosted.shard);
-        all
+    pub(crate) fn all_hosted(&self) -> Arc<[Arc<HostedShard>]> {
+        self.hosted.load().all.clone()
     }
 
     pub(crate) fn host(&self, shard: Arc<HostedShard>) {
         self.hosted.rcu(|hosted| {
-            let mut hosted = HashMap::clone(hosted);
-            hosted.insert(shard.shard, shard.clone());
-            hosted
+            let mut by_shard = hosted.by_shard.clone();
+            by_shard.insert(shard.shard, shard.clone());
+            let mut all: Vec<_> = by_shard.values().cloned().collect();
+            all.sort_unstable_by_key(|hosted| hosted.shard);
+            Hosted { by_shard, all: all.into() }
         });
-        self.metrics.replicas.set(self.hosted.load().len() as i64);
+        self.metrics.replicas.set(self.hosted.load().all.len() as i64);
     }
 
     /// How much of the first lease after the process's start is left.

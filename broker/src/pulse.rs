@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures_util::FutureExt;
 
-use crate::{node::Node, raft::HEARTBEAT};
+use crate::{node::Node, parking, raft::HEARTBEAT, shard::HostedShard};
 
 /// Runs until the broker stops.
 pub(crate) async fn run(node: Arc<Node>) {
@@ -16,11 +16,14 @@ pub(crate) async fn run(node: Arc<Node>) {
             _ = every.tick() => {}
             () = node.stop.cancelled() => return,
         }
-        for hosted in node.all_hosted().into_iter().filter(|hosted| hosted.leadership().leads) {
+        parking::round(&node);
+        let awake = |hosted: &&Arc<HostedShard>| !hosted.idle.is_parked() && hosted.leadership().leads;
+        for hosted in node.all_hosted().iter().filter(awake) {
             // Polled once, whatever this task has used of its turn: a full queue or a stopped replica gets none, and
             // openraft's own slower heartbeat stands in.
             let trigger = hosted.raft.trigger();
             let _ = tokio::task::unconstrained(trigger.heartbeat()).now_or_never();
         }
+        parking::tell(&node);
     }
 }

@@ -73,6 +73,7 @@ pub(crate) async fn may_answer(hosted: &HostedShard, linearizable: bool) -> Resu
     if linearizable && stentor_engine::planted::is_planted(stentor_engine::planted::Bug::StaleRead) {
         return Ok(());
     }
+    hosted.idle.in_use().await;
     let policy = if linearizable { ReadPolicy::ReadIndex } else { ReadPolicy::LeaseRead };
     let linearizer = match hosted.raft.get_read_linearizer(policy).await {
         Ok(linearizer) => linearizer,

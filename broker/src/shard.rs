@@ -10,7 +10,7 @@ use stentor_raft_store::{ShardReader, types::TypeConfig};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::{batcher::Proposer, effects::ShardEffects, raft::Raft};
+use crate::{batcher::Proposer, effects::ShardEffects, parking::Idle, raft::Raft};
 
 /// Who leads a shard, as this replica knows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -44,6 +44,7 @@ pub(crate) struct HostedShard {
     pub(crate) leadership: watch::Receiver<Leadership>,
     pub(crate) proposer: Proposer,
     pub(crate) effects: Arc<ShardEffects>,
+    pub(crate) idle: Arc<Idle>,
 }
 
 impl HostedShard {
@@ -73,6 +74,7 @@ pub(crate) async fn follow_leadership(
     known: watch::Sender<Leadership>,
     stop: CancellationToken,
     leads: impl Fn(u64) + Send,
+    idle: Arc<Idle>,
 ) {
     let (mut server, mut applied) = (raft.server_metrics(), reader.applied());
     loop {
@@ -89,7 +91,9 @@ pub(crate) async fn follow_leadership(
             effects.lead(now.term);
             leads(now.term);
         }
-        known.send_if_modified(|known| std::mem::replace(known, now) != now);
+        if known.send_if_modified(|known| std::mem::replace(known, now) != now) {
+            idle.wake();
+        }
         let waits_for_apply = now.leads && !now.ready;
         tokio::select! {
             () = stop.cancelled() => return,

@@ -42,6 +42,7 @@ use crate::{
     metrics::Metrics,
     network::{Links, server::PeerService},
     node::{Node, NodeParts},
+    parking::Parking,
     pulse,
     router::Peers,
     upkeep,
@@ -168,7 +169,17 @@ fn begin(
         let known = known.clone();
         move |peer| reset_backoff(&known, peer)
     };
-    let links = Links::start((&host, &client_tls), config.broker, others(), &clocks, &metrics, &mut tasks, on_connect)?;
+    let parking = Arc::new(Parking::new(config.park_after(), host.wall_ms() << 20));
+    let links = Links::start(
+        (&host, &client_tls),
+        config.broker,
+        parking,
+        others(),
+        &clocks,
+        &metrics,
+        &mut tasks,
+        on_connect,
+    )?;
     let mut peers = BTreeMap::new();
     for (broker, addr) in others() {
         let calls = Calls::new(broker);
@@ -217,7 +228,8 @@ fn reset_backoff(known: &OnceLock<Weak<Node>>, peer: BrokerId) {
     let Some(node) = known.get().and_then(Weak::upgrade) else { return };
     let asked = node.clone();
     asked.spawn(async move {
-        for hosted in node.all_hosted().into_iter().filter(|hosted| hosted.leadership().leads) {
+        node.links.parking.connected(&node, peer);
+        for hosted in node.all_hosted().iter().filter(|hosted| hosted.leadership().leads) {
             let replicas: Vec<_> = hosted.raft.voter_ids().chain(hosted.raft.learner_ids()).collect();
             let back = replicas.into_iter().filter(|replica| replica.broker == peer);
             // An error means that the replica has stopped.
@@ -314,7 +326,8 @@ impl Broker {
             let waits = self.node.last_waited_for();
             return waits.unwrap_or_else(|| "the meta shard has not told the placement".into());
         };
-        let leaderless = self.node.all_hosted().into_iter().filter(|h| h.leadership().leader.is_none());
+        let all = self.node.all_hosted();
+        let leaderless = all.iter().filter(|h| h.leadership().leader.is_none());
         let leaderless: Vec<_> = leaderless.map(|h| h.shard.to_string()).collect();
         let new: Vec<_> =
             view.placement.shards.iter().filter(|p| !p.initialized).map(|p| p.shard.to_string()).collect();
@@ -339,7 +352,7 @@ impl Broker {
     pub async fn shutdown(self) {
         hand_over::all(&self.node).await;
         let handed_over = async {
-            while hand_over::led(&self.node).next().is_some() {
+            while !hand_over::led(&self.node).is_empty() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
@@ -353,7 +366,7 @@ impl Broker {
         node.stop.cancel();
         tasks.shutdown().await;
         node.end_tasks().await;
-        for hosted in node.let_go() {
+        for hosted in node.let_go().iter() {
             // An error means that the replica had stopped before.
             let _ = hosted.raft.shutdown().await;
         }

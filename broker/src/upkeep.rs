@@ -5,13 +5,14 @@ use std::{sync::Arc, time::Duration};
 
 use openraft::async_runtime::WatchReceiver;
 use stentor_proto::ids::ShardId;
+use stentor_raft_store::types::RaftLogId;
 use stentor_transport::probes::Probes;
 use tonic_health::{
     ServingStatus::{NotServing, Serving},
     server::HealthReporter,
 };
 
-use crate::{host, node::Node};
+use crate::{host, node::Node, shard::HostedShard};
 
 /// How often logs are purged, lag is measured and new shards are noted as initialized.
 const ROUND: Duration = Duration::from_secs(1);
@@ -46,30 +47,37 @@ pub(crate) async fn rounds(node: Arc<Node>) {
             () = node.stop.cancelled() => return,
         }
         let (mut worst_lag, mut purged) = (0, 0);
-        for hosted in node.all_hosted() {
-            let metrics = hosted.raft.metrics().borrow_watched().clone();
-            if let Err(fatal) = &metrics.running_state
-                && !node.stop.is_cancelled()
-            {
-                node.fail(&format!("shard {}: {fatal}", hosted.shard));
-            }
-            let index = |id: Option<stentor_raft_store::types::RaftLogId>| id.map_or(0, |id| id.index);
-            worst_lag = worst_lag.max(index(metrics.local_committed).saturating_sub(index(metrics.last_applied)));
-            purged += metrics.purged.map_or(0, |id| id.index + 1);
-            purge(&node, hosted.shard).await;
+        for hosted in node.all_hosted().iter() {
+            let (lag, purged_here) = look(&node, hosted);
+            worst_lag = worst_lag.max(lag);
+            purged += purged_here.map_or(0, |id| id.index + 1);
+            purge(&node, hosted, purged_here).await;
         }
+        node.metrics.parked.set(node.links.parking.parked() as i64);
         node.metrics.apply_lag.set(worst_lag as i64);
         node.metrics.purged.set(purged as i64);
         host::mark_initialized(&node).await;
     }
 }
 
+/// How many entries a replica has still to apply, and up to where its log is purged. Stops the broker when it failed.
+fn look(node: &Node, hosted: &HostedShard) -> (u64, Option<RaftLogId>) {
+    let metrics = hosted.raft.metrics();
+    let metrics = metrics.borrow_watched();
+    if let Err(fatal) = &metrics.running_state
+        && !node.stop.is_cancelled()
+    {
+        node.fail(&format!("shard {}: {fatal}", hosted.shard));
+    }
+    let index = |id: Option<RaftLogId>| id.map_or(0, |id| id.index);
+    (index(metrics.local_committed).saturating_sub(index(metrics.last_applied)), metrics.purged)
+}
+
 /// What lies further below the durable checkpoint than slower replicas may be is not kept for them: they get a
 /// snapshot.
-async fn purge(node: &Node, shard: ShardId) {
-    let Some(hosted) = node.hosted(shard) else { return };
-    let Some(upto) = node.store.position(shard).and_then(|position| position.purgeable) else { return };
-    let purged = hosted.raft.data_metrics().borrow_watched().purged;
+async fn purge(node: &Node, hosted: &HostedShard, purged: Option<RaftLogId>) {
+    let position = node.store.position(hosted.shard);
+    let Some(upto) = position.and_then(|position| position.purgeable) else { return };
     if purged.is_none_or(|purged| purged.index < upto.index) {
         // An error means that this replica has stopped; the next round sees it.
         let _ = hosted.raft.trigger().purge_log(upto.index).await;

@@ -194,6 +194,7 @@ fn broker_config(
         tls: pki.issue(&node.name, &dir.join("pki")).map_err(Failure::failed)?,
         development: true,
         bootstrap: Some(bootstrap.clone()),
+        park_after_ms: stentor_engine::limits::PARK_AFTER_MS,
         store: StoreTuning { cache_bytes: CACHE_BYTES_PER_BROKER, ..StoreTuning::default() },
     })
 }

@@ -16,6 +16,7 @@ pub mod key;
 pub mod limits;
 pub mod membership;
 pub mod meta;
+pub mod parking;
 pub mod placement;
 #[cfg(feature = "planted")]
 pub mod planted;

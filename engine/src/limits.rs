@@ -252,6 +252,9 @@ pub const PAGE_BYTES: usize = 256 * 1024;
 pub const PAGE_ITEMS: usize = 4_096;
 /// How often a leader tells a gateway that it still leads, in ms.
 pub const SHARD_BEAT_MS: u64 = 500;
+/// A shard in which nothing happened for so long parks, in ms. Waking costs its first command one more round between
+/// brokers, so that a shard with a message every few seconds had better stay awake.
+pub const PARK_AFTER_MS: u64 = 10_000;
 
 // Calls of the public API.
 

@@ -10,6 +10,7 @@ mod lane;
 pub mod mosquitto;
 pub mod nats;
 pub mod ours;
+mod parked;
 pub mod rabbit;
 pub mod redis;
 pub mod run;
@@ -108,6 +109,8 @@ pub enum Load {
     Echo,
     /// Messages in batches of 4,096, each synced, on one node.
     Raw,
+    /// Nothing at all, once all shards are parked.
+    Parked,
 }
 
 /// Bytes of each message.

@@ -12,7 +12,7 @@ use futures_util::{StreamExt, TryStreamExt, future::LocalBoxFuture, stream};
 use stentor_client::{Client, ConversationId, Create, From, Incoming, Message};
 use tokio::time::timeout;
 
-use super::{Load, MESSAGE_BYTES, Peer, PeerError, idle};
+use super::{Load, MESSAGE_BYTES, Peer, PeerError, idle, parked};
 use crate::{
     BenchError, Local, Observer, Outcome, Pace, Size, Target, Timing,
     body::{Bodies, BodySize},
@@ -29,6 +29,8 @@ use crate::{
 };
 
 const CONNECTING: usize = 16;
+/// So many conversations are made once and not for each repeat.
+const KEPT_FROM: usize = 100_000;
 /// A message that takes longer is lost.
 const ARRIVES_WITHIN: Duration = Duration::from_secs(30);
 /// Name of the figure of the memory of idle connections in our own scenario.
@@ -50,6 +52,8 @@ pub struct Ours {
     /// Of the run: each has names of its own.
     target: Target,
     door: Door,
+    /// A load that took long to prepare, for the next repeat.
+    kept: Option<(SendSettings, SendLoad)>,
 }
 
 impl Ours {
@@ -58,23 +62,27 @@ impl Ours {
         let binary: PathBuf = binary.to_owned();
         let local = Local::start(&binary, Size { brokers: 3, gateways: 1, shards }).await?;
         let target = local.target()?;
-        Ok(Self { local, target, door })
+        Ok(Self { local, target, door, kept: None })
     }
 
     fn bodies() -> Bodies {
         Bodies::of_bytes(MESSAGE_BYTES)
     }
 
-    async fn append(&self, conversations: usize, window: usize, timing: Timing) -> Result<Vec<Outcome>, PeerError> {
+    async fn append(&mut self, conversations: usize, window: usize, timing: Timing) -> Result<Vec<Outcome>, PeerError> {
         let body = BodySize::Bytes(MESSAGE_BYTES);
-        // A stream of the API takes one send at a time.
-        let sessions = if self.door == Door::Api { window } else { 1 };
-        let settings = SendSettings { conversations, window, sessions, body };
+        let settings = SendSettings { conversations, window, sessions: 1, body };
         match self.door {
             Door::Sessions => {
-                let load = SendLoad::prepare(&self.target, &settings, Self::bodies()).await?;
+                let load = match self.kept.take() {
+                    Some((kept, load)) if kept == settings => load,
+                    _ => SendLoad::prepare(&self.target, &settings, Self::bodies()).await?,
+                };
                 let outcomes = load.run(Pace::Closed, timing, &Observer::none()).await?;
-                load.close().await;
+                match conversations >= KEPT_FROM {
+                    true => self.kept = Some((settings, load)),
+                    false => load.close().await,
+                }
                 Ok(outcomes)
             }
             Door::Api => {
@@ -157,6 +165,7 @@ impl Ours {
                 let settings = ConnectSettings { concurrency: window, resumed: false };
                 ConnectLoad::prepare(&self.target, &settings)?.run(Pace::Closed, timing, &Observer::none()).await?
             }
+            Load::Parked => vec![parked::hold(&self.target, timing).await?],
             Load::Echo | Load::Raw => return Err(PeerError::unable("a Stentor cluster", load)),
         };
         outcomes.into_iter().next().ok_or_else(|| PeerError::failed("measure", "there was no outcome"))

@@ -12,7 +12,8 @@ use super::{
     floors::{Bare, Raw},
     mosquitto::Mosquitto,
     nats::{Durability, Nats},
-    ours::Ours,
+    ours::{Door, Ours},
+    parked::OneCore,
     rabbit::Rabbit,
     redis::Redis,
     table::{self, Table},
@@ -38,7 +39,7 @@ type Pairs = Result<Vec<(Outcome, Outcome)>, String>;
 
 /// Runs them; `progress` is told what happens. An error only for a work that does not exist: all else is in the table.
 pub async fn run(settings: &Settings, progress: &(dyn Fn(&str) + Send + Sync)) -> Result<Table, BenchError> {
-    let (works, unmeasured) = chosen(settings)?;
+    let works = chosen(settings)?;
     let mut rows = Vec::new();
     let mut pool = Pool { binary: settings.binary.clone(), ..Pool::default() };
     for work in &works {
@@ -47,32 +48,30 @@ pub async fn run(settings: &Settings, progress: &(dyn Fn(&str) + Send + Sync)) -
             rows.extend(table::rows(work, side, pairs));
         }
     }
-    rows.extend(unmeasured.into_iter().map(table::unmeasured));
     Ok(Table { rows })
 }
 
-fn chosen(settings: &Settings) -> Result<(Vec<Work>, Vec<&'static works::Unmeasured>), BenchError> {
-    let (mut works, mut unmeasured) = (works::all(), works::UNMEASURED.iter().collect::<Vec<_>>());
-    let known = |name: &str| works.iter().any(|work| work.name == name) || unmeasured.iter().any(|u| u.name == name);
+fn chosen(settings: &Settings) -> Result<Vec<Work>, BenchError> {
+    let mut works = works::all();
+    let known = |name: &str| works.iter().any(|work| work.name == name);
     if let Some(unknown) = settings.only.iter().find(|name| !known(name)) {
         return Err(BenchError::Settings(format!("there is no work {unknown} (see --list)")));
     }
     if !settings.only.is_empty() {
         works.retain(|work| settings.only.iter().any(|name| name == work.name));
-        unmeasured.retain(|promise| settings.only.iter().any(|name| name == promise.name));
     }
     if settings.promised {
         let promised = |side: &Side| side.rows.iter().any(|(_, goal)| *goal != Goal::None);
         works.iter_mut().for_each(|work| work.sides.retain(promised));
     }
-    Ok((works, unmeasured))
+    Ok(works)
 }
 
 /// Servers that run, kept from one work to the next while it needs them.
 #[derive(Default)]
 struct Pool {
     binary: PathBuf,
-    ours: Option<(u32, super::ours::Door, Ours)>,
+    ours: Option<(u32, Door, Ours)>,
     peers: BTreeMap<&'static str, Result<Box<dyn Peer>, String>>,
 }
 
@@ -189,6 +188,8 @@ async fn start(against: Against, binary: &Path) -> Result<Box<dyn Peer>, PeerErr
         Against::Ejabberd => Box::new(Ejabberd::start(false).await?),
         Against::BareQuic => Box::new(Bare::start(binary).await?),
         Against::RawRocks => Box::new(Raw::start(binary)?),
+        Against::OursSmall => Box::new(Ours::start(binary, works::SHARDS, Door::Sessions).await?),
+        Against::OneCore => Box::new(OneCore),
     })
 }
 
@@ -204,10 +205,9 @@ mod tests {
 
     #[test]
     fn works_are_chosen_by_name_and_unknown_ones_are_refused() {
-        let (works, unmeasured) = chosen(&settings(&["one-64", "parked"], false)).unwrap();
-        assert_eq!((works.len(), works[0].name, works[0].sides.len()), (1, "one-64", 3));
-        assert_eq!(unmeasured.len(), 1);
-        let (works, _) = chosen(&settings(&["one-64"], true)).unwrap();
+        let works = chosen(&settings(&["one-64", "parked"], false)).unwrap();
+        assert_eq!((works.len(), works[0].name, works[0].sides.len()), (2, "one-64", 3));
+        let works = chosen(&settings(&["one-64"], true)).unwrap();
         assert_eq!(works[0].sides.len(), 2, "nothing is promised against Redis");
         assert!(matches!(chosen(&settings(&["one"], false)), Err(BenchError::Settings(_))));
     }
@@ -216,11 +216,10 @@ mod tests {
     async fn what_is_not_there_is_in_the_table_all_the_same() {
         let told = std::sync::Mutex::new(Vec::new());
         let progress = |what: &str| told.lock().unwrap().push(what.to_owned());
-        let table = run(&settings(&["handshake", "growth"], true), &progress).await.unwrap();
+        let table = run(&settings(&["handshake"], true), &progress).await.unwrap();
         let notes: Vec<_> = table.rows.iter().map(|row| row.note.clone().unwrap()).collect();
-        assert_eq!(table.lacking(), 3);
+        assert_eq!(table.lacking(), 2);
         assert!(notes[0].starts_with("missing: bare_quic is not built"), "{notes:?}");
-        assert!(notes[2].starts_with("not measured: two runs of"), "{notes:?}");
         assert!(told.lock().unwrap()[0].starts_with("handshake: "));
     }
 

@@ -4,8 +4,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    idle,
-    works::{Goal, Metric, Side, Unmeasured, Work},
+    idle, parked,
+    works::{Goal, Metric, Side, Work},
 };
 use crate::Outcome;
 
@@ -56,6 +56,8 @@ pub fn value(outcome: &Outcome, metric: Metric) -> Option<f64> {
         Metric::P99 => Some(outcome.latency.p99_ms),
         Metric::Flushes => outcome.flushes_per_message,
         Metric::IdleBytes => outcome.figures.get(idle::BYTES).copied(),
+        Metric::CorePercent => outcome.figures.get(parked::PERCENT).copied(),
+        Metric::ReplicaBytes => outcome.figures.get(parked::REPLICA_BYTES).copied(),
         Metric::PerCore => per_core(outcome.server_cpu_us?),
         Metric::GatewayPerCore => {
             let gateways = outcome.processes.iter().filter(|(name, _)| name.starts_with("gateway"));
@@ -143,23 +145,6 @@ fn note(pairs: &[(Outcome, Outcome)], ours: Option<f64>, theirs: Option<f64>) ->
         _ => {}
     }
     (!notes.is_empty()).then(|| notes.join("; "))
-}
-
-/// The row of a promise that is not measured here.
-pub fn unmeasured(promise: &Unmeasured) -> Row {
-    Row {
-        work: promise.name.into(),
-        what: promise.what.into(),
-        against: promise.against.into(),
-        metric: String::new(),
-        ours: None,
-        theirs: None,
-        ratio: None,
-        goal: Some(promise.goal.into()),
-        held: None,
-        repeats: 0,
-        note: Some(format!("not measured: {}", promise.why)),
-    }
 }
 
 impl Table {

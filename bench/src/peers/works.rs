@@ -26,6 +26,10 @@ pub enum Against {
     BareQuic,
     /// RocksDB alone.
     RawRocks,
+    /// Our own cluster, another one, with fewer conversations.
+    OursSmall,
+    /// One core of this machine.
+    OneCore,
 }
 
 impl Against {
@@ -42,6 +46,8 @@ impl Against {
             Self::Ejabberd => "ejabberd, no archive",
             Self::BareQuic => "bare quinn",
             Self::RawRocks => "raw RocksDB, one node, batches of 4,096",
+            Self::OursSmall => "ours at 1,000 conversations",
+            Self::OneCore => "one core",
         }
     }
 }
@@ -65,6 +71,10 @@ pub enum Metric {
     PerCore,
     /// The same of our gateway alone, beside a server that is nothing else.
     GatewayPerCore,
+    /// CPU of the busiest broker, in percent of one core.
+    CorePercent,
+    /// Memory of a broker for each replica that is parked, bytes.
+    ReplicaBytes,
 }
 
 impl Metric {
@@ -79,6 +89,8 @@ impl Metric {
             Self::IdleBytes => "bytes/connection",
             Self::PerCore => "per server core and s",
             Self::GatewayPerCore => "per gateway core and s",
+            Self::CorePercent => "% of a core, the busiest broker",
+            Self::ReplicaBytes => "bytes/parked replica",
         }
     }
 }
@@ -146,40 +158,10 @@ pub struct Work {
     pub sides: Vec<Side>,
 }
 
-/// A promise that no scenario measures yet, with the reason.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Unmeasured {
-    /// For `--only`.
-    pub name: &'static str,
-    /// What it is.
-    pub what: &'static str,
-    /// Beside what.
-    pub against: &'static str,
-    /// What is promised.
-    pub goal: &'static str,
-    /// Why there is no figure.
-    pub why: &'static str,
-}
-
-/// Promises about ourselves alone.
-pub const UNMEASURED: &[Unmeasured] = &[
-    Unmeasured {
-        name: "growth",
-        what: "p99 and CPU per message at 1 M conversations",
-        against: "at 1 k conversations",
-        goal: "≤ 1.2×",
-        why: "two runs of `stentor bench send --conversations N` side by side; not part of this tool",
-    },
-    Unmeasured {
-        name: "parked",
-        what: "4,096 parked shards on a broker",
-        against: "one core",
-        goal: "≤ 1 %",
-        why: "shards do not park",
-    },
-];
-
-const SHARDS: u32 = 16;
+/// Shards of the work that shows what parked ones cost.
+const PARKED_SHARDS: u32 = 4_096;
+/// Data shards where the work does not say otherwise.
+pub(super) const SHARDS: u32 = 16;
 
 fn append(conversations: usize, window: usize) -> Load {
     Load::Append { conversations, window }
@@ -199,6 +181,7 @@ pub fn all() -> Vec<Work> {
     all.extend(many_conversations());
     all.extend(deliveries());
     all.extend(floors());
+    all.extend(ourselves());
     all
 }
 
@@ -368,13 +351,39 @@ fn floors() -> Vec<Work> {
     ]
 }
 
+/// What is promised of ourselves alone.
+fn ourselves() -> Vec<Work> {
+    use Against::{OneCore, OursSmall};
+    use Goal::{AtMost, None};
+    use Metric::{CorePercent, Cpu, P99, Rate, ReplicaBytes};
+    let (large, small) = (append(1_000_000, 1_024), append(1_000, 1_024));
+    let parked = Load::Parked;
+    vec![
+        work(
+            "growth",
+            "1,000,000 conversations, window 1,024 (16 shards)",
+            large,
+            vec![side(OursSmall, small, &[(P99, AtMost(1.2)), (Cpu, AtMost(1.2)), (Rate, None)])],
+        ),
+        Work {
+            shards: PARKED_SHARDS,
+            ..work(
+                "parked",
+                "a cluster in which nothing happens, all its 4,096 shards parked",
+                parked,
+                vec![side(OneCore, parked, &[(CorePercent, AtMost(0.01)), (ReplicaBytes, None)])],
+            )
+        },
+    ]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn names_are_short_and_each_its_own() {
-        let mut names: Vec<_> = all().iter().map(|work| work.name).chain(UNMEASURED.iter().map(|u| u.name)).collect();
+        let mut names: Vec<_> = all().iter().map(|work| work.name).collect();
         assert!(names.iter().all(|name| name.len() <= 12 && !name.contains(' ')));
         let count = names.len();
         names.sort_unstable();
@@ -411,6 +420,8 @@ mod tests {
         assert_eq!(goals("idle"), ["bytes/connection ≤ 1.15×"]);
         assert_eq!(goals("handshake"), ["per server core and s ≥ 0.8×"]);
         assert_eq!(goals("forward"), ["per gateway core and s ≥ 0.6×", "p50 ms ≤ 1.3×"]);
+        assert_eq!(goals("growth"), ["p99 ms ≤ 1.2×", "CPU µs ≤ 1.2×"]);
+        assert_eq!(goals("parked"), ["% of a core, the busiest broker ≤ 0.01×"]);
         assert_eq!((goals("raw-api"), goals("raw-sdk")), (vec!["rate/s ≥ 0.4×".into()], vec!["rate/s ≥ 0.2×".into()]));
     }
 }

@@ -19,7 +19,9 @@ use stentor_transport::{grpc, tls::ClientTls};
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 
 use super::{Api, because, refused};
-use crate::{config::PeerConfig, membership, meta::MetaView, raft::LEASE, shard::HostedShard, status};
+use crate::{
+    config::PeerConfig, membership, meta::MetaView, node::Node, parking, raft::LEASE, shard::HostedShard, status,
+};
 
 /// How long another broker may take to tell its state.
 const PEER_PATIENCE: Duration = Duration::from_secs(2);
@@ -79,12 +81,12 @@ impl Admin for Api {
             asked.at.iter().map(|&ShardPosition { shard, applied_index }| (shard, applied_index)).collect();
         let (node, broker) = (self.node.config.name.clone(), self.node.broker.0);
         let mut response = VerifyLocalResponse { node, broker, ..Default::default() };
-        for hosted in self.node.all_hosted() {
+        for hosted in self.node.all_hosted().iter() {
             if !at.is_empty() && !at.contains_key(&hosted.shard.0) {
                 continue;
             }
             let position = at.get(&hosted.shard.0).copied().unwrap_or(0);
-            match verify(&hosted, position, deadline).await {
+            match verify(hosted, position, deadline).await {
                 Ok(report) => response.replicas.push(report),
                 Err((kind, what)) => response.problems.push(Problem {
                     kind: kind.into(),
@@ -113,7 +115,7 @@ impl Api {
         let all = self.node.all_hosted();
         Ok(all
             .iter()
-            .map(|hosted| shard_status(&view, hosted, durable(hosted.shard).map_or(0, |id| id.index)))
+            .map(|hosted| shard_status(&self.node, &view, hosted, durable(hosted.shard).map_or(0, |id| id.index)))
             .collect())
     }
 
@@ -163,10 +165,11 @@ impl Api {
     }
 }
 
-fn shard_status(view: &MetaView, hosted: &HostedShard, durable_checkpoint: u64) -> ShardStatus {
+fn shard_status(node: &Node, view: &MetaView, hosted: &HostedShard, durable_checkpoint: u64) -> ShardStatus {
     let metrics = hosted.raft.metrics().borrow_watched().clone();
     let name = |id: &ReplicaId| view.broker_name(id.broker);
-    let acked = metrics.last_quorum_acked.as_ref().is_some_and(|at| at.elapsed() < LEASE);
+    let acked = metrics.last_quorum_acked.as_ref().is_some_and(|at| at.elapsed() < LEASE)
+        || !node.links.parking.lease_left(hosted.shard).is_zero();
     let known = hosted.leadership();
     let placement = view.slots.shard(hosted.shard);
     let voters: Vec<_> = metrics.membership_config.voter_ids().collect();
@@ -229,6 +232,7 @@ async fn transfer(hosted: &HostedShard, target: ReplicaId) -> Result<(), Status>
     if target == hosted.own {
         return Ok(());
     }
+    parking::settle([hosted]).await;
     hosted.raft.trigger().transfer_leader(target).await.map_err(|_| because(Reason::Unavailable))?;
     let mut leadership = hosted.leadership.clone();
     let moved = leadership.wait_for(|known| known.leader == Some(target));

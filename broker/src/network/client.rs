@@ -80,6 +80,14 @@ impl Way {
         })
     }
 
+    /// Not while this process has promised a leader that it keeps the shard parked.
+    fn may_ask_for_votes(&self) -> Result<(), Error> {
+        if self.links.parking.refuses(self.route.shard) {
+            return Err(RPCError::Unreachable(Unreachable::from_string("parked less than one lease ago")));
+        }
+        Ok(())
+    }
+
     async fn ask(&self, message: Message, action: RPCTypes, option: &RPCOption) -> Result<Message, Error> {
         let link = self.link(Lane::Control)?;
         let timeout = option.soft_ttl();
@@ -147,6 +155,7 @@ impl RaftNetworkV2<TypeConfig> for Way {
         rpc: VoteRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<VoteResponse<TypeConfig>, Error> {
+        self.may_ask_for_votes()?;
         match self.ask(Message::Vote(codec::encode_vote(&rpc)), RPCTypes::Vote, &option).await? {
             Message::VoteResponse(response) => codec::decode_vote_response(&response).map_err(|e| bad(&e)),
             _ => Err(bad(&BadMessage::Unexpected)),
@@ -158,6 +167,7 @@ impl RaftNetworkV2<TypeConfig> for Way {
         rpc: VoteRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<VoteResponse<TypeConfig>, Error> {
+        self.may_ask_for_votes()?;
         match self.ask(Message::PreVote(codec::encode_vote(&rpc)), RPCTypes::Vote, &option).await? {
             Message::VoteResponse(response) => codec::decode_vote_response(&response).map_err(|e| bad(&e)),
             _ => Err(bad(&BadMessage::Unexpected)),

@@ -18,7 +18,7 @@ use stentor_transport::{
 use tokio::task::JoinSet;
 
 use self::link::{Lane, Link};
-use crate::{clocks::Clocks, metrics::Metrics, replaced::Replaced};
+use crate::{clocks::Clocks, metrics::Metrics, parking::Parking, replaced::Replaced};
 
 struct Peer {
     control: Arc<Link>,
@@ -32,6 +32,8 @@ pub(crate) struct Links {
     peers: BTreeMap<BrokerId, Peer>,
     /// What peers say of this directory's places.
     pub(crate) replaced: Arc<Replaced>,
+    /// Which shards are parked: no vote may be asked for there.
+    pub(crate) parking: Arc<Parking>,
 }
 
 impl Links {
@@ -39,6 +41,7 @@ impl Links {
     pub(crate) fn start(
         (host, tls): (&Host, &ClientTls),
         own: BrokerId,
+        parking: Arc<Parking>,
         peers: impl Iterator<Item = (BrokerId, SocketAddr)>,
         clocks: &Arc<Clocks>,
         metrics: &Arc<Metrics>,
@@ -56,7 +59,7 @@ impl Links {
             }
             all.insert(broker, Peer { control, append, bulk: host.channel(addr, tls)? });
         }
-        Ok(Arc::new(Self { peers: all, replaced }))
+        Ok(Arc::new(Self { peers: all, replaced, parking }))
     }
 
     /// The stream to a peer; `None` for one that is not configured.
@@ -66,6 +69,11 @@ impl Links {
             Lane::Control => peer.control.clone(),
             Lane::Append => peer.append.clone(),
         })
+    }
+
+    /// All peers that are configured.
+    pub(crate) fn peers(&self) -> impl Iterator<Item = BrokerId> {
+        self.peers.keys().copied()
     }
 
     /// Whatever waits for a peer fails now.

@@ -4,7 +4,7 @@
 use std::{pin::Pin, sync::Arc};
 
 use futures_util::{FutureExt, Stream, StreamExt, stream::FuturesUnordered};
-use stentor_engine::limits;
+use stentor_engine::{limits, parking::PARKS_AT_ONCE};
 use stentor_proto::{
     ids::{Incarnation, ReplicaId, ShardId},
     internal::{
@@ -21,7 +21,7 @@ use super::{
     link::{Lane, batches},
     snapshot,
 };
-use crate::{join, node::Node, queue::FrameQueue, replaced::REPLACED, shard::HostedShard};
+use crate::{join, node::Node, parking, queue::FrameQueue, replaced::REPLACED, shard::HostedShard};
 
 type Outgoing = Pin<Box<dyn Stream<Item = Result<PeerBatch, Status>> + Send>>;
 type Work = Pin<Box<dyn Future<Output = Message> + Send>>;
@@ -55,6 +55,7 @@ impl Peer for PeerService {
         let shard = shard
             .filter(|shard| shard.own == announced.to)
             .ok_or_else(|| Status::not_found("this broker has no such replica"))?;
+        shard.idle.wake();
         let answer = snapshot::receive(&self.node.store, &shard.raft, announced, inbound).await?;
         if answer.error.is_none() {
             self.node.metrics.snapshots_received.inc();
@@ -137,6 +138,12 @@ fn begin<F: Extend<Answering>>(node: &Arc<Node>, frame: PeerFrame, in_flight: &m
         return None;
     }
     let answer = |message| PeerFrame { id, shard, from: to, to: from, message: Some(message) };
+    if let Message::Parked(told) = message {
+        if told.parks.len() > PARKS_AT_ONCE {
+            return Some(answer(error("MALFORMED", "too many shards at once")));
+        }
+        return first_poll(Box::pin(parking::told(node, sender.broker, told)), answer, in_flight);
+    }
     let hosted = node.hosted(ShardId(shard));
     if hosted.as_ref().is_some_and(|hosted| is_replaced(node, hosted, sender)) {
         return Some(answer(error(REPLACED, TAKEN)));
@@ -144,10 +151,17 @@ fn begin<F: Extend<Answering>>(node: &Arc<Node>, frame: PeerFrame, in_flight: &m
     let Some(hosted) = hosted.filter(|hosted| hosted.own.to_u64() == to) else {
         return Some(answer(error("NO_REPLICA", "this broker has no such replica")));
     };
-    let mut work = match dispatch(node, hosted, message) {
-        Ok(work) => work,
-        Err(refusal) => return Some(answer(refusal)),
-    };
+    match dispatch(node, hosted, message) {
+        Ok(work) => first_poll(work, answer, in_flight),
+        Err(refusal) => Some(answer(refusal)),
+    }
+}
+
+fn first_poll<F: Extend<Answering>>(
+    mut work: Work,
+    answer: impl Fn(Message) -> PeerFrame,
+    in_flight: &mut F,
+) -> Option<PeerFrame> {
     match (&mut work).now_or_never() {
         Some(done) => Some(answer(done)),
         None => {
@@ -190,11 +204,30 @@ fn dispatch(node: &Arc<Node>, hosted: Arc<HostedShard>, message: Message) -> Res
     let bad = |e: codec::BadMessage| error("MALFORMED", e.to_string());
     let silent = hosted.voted_before && node.within_first_lease();
     let raft = hosted.raft.clone();
+    let promised = |message: &Message| {
+        matches!(message, Message::Vote(_) | Message::PreVote(_) | Message::Transfer(_))
+            && node.links.parking.refuses(hosted.shard)
+    };
+    // What was on its way when the shard was parked wakes nobody.
+    let parked = hosted.idle.is_parked();
     Ok(match message {
+        message if promised(&message) => {
+            hosted.idle.wake();
+            let _ = message;
+            return Err(error(
+                "PARKED",
+                "this broker keeps the shard parked for its leader, or did less than a lease ago",
+            ));
+        }
         Message::Append(request) => {
             let request = codec::decode_append(hosted.shard, request).map_err(bad)?;
             Box::pin(async move {
-                match raft.append_entries(request).await {
+                let appended = raft.append_entries(request).await;
+                if parked {
+                    // Not before: a tick that comes first would find a leader who has been silent for long.
+                    hosted.idle.wake();
+                }
+                match appended {
                     Ok(response) => Message::AppendResponse(codec::encode_append_response(&response)),
                     Err(fatal) => error("STOPPED", fatal.to_string()),
                 }

@@ -108,6 +108,7 @@ impl Cluster {
             tls: pki.issue(&peer.name, &dir.path().join("tls")).unwrap(),
             development: true,
             bootstrap: Some(bootstrap.clone()),
+            park_after_ms: 500,
             store: StoreTuning { checkpoint_interval_ms: 500, ..StoreTuning::default() },
         });
         let configs: Vec<_> = configs.collect();

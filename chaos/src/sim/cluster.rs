@@ -83,6 +83,7 @@ struct Inner {
     network: Network,
     agreement: Arc<Agreement>,
     shards: u32,
+    park_after_ms: u64,
     private_key: String,
     public_key: String,
     brokers: Mutex<Vec<BrokerPlace>>,
@@ -118,6 +119,7 @@ impl Cluster {
             network,
             agreement: Arc::new(Agreement::new(trace)),
             shards: plan.shards,
+            park_after_ms: plan.park_after.as_millis() as u64,
             private_key,
             public_key,
             brokers: Mutex::new((0..plan.brokers).map(place).collect()),
@@ -398,6 +400,7 @@ impl Cluster {
             tls: keys().files.clone(),
             development: true,
             bootstrap: Some(Bootstrap { cluster_id: "simulated".into(), shards: self.0.shards, apps }),
+            park_after_ms: self.0.park_after_ms,
             store: Default::default(),
         }
     }

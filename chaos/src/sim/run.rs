@@ -36,6 +36,8 @@ pub struct Plan {
     pub gateways: usize,
     /// Shards beside the meta shard.
     pub shards: u32,
+    /// After how long without news a shard parks; zero: never.
+    pub park_after: Duration,
     /// How long faults begin.
     pub chaos: Duration,
     /// The faults; drawn from the seed when there are none here.
@@ -57,6 +59,8 @@ impl Default for Plan {
             brokers: 3,
             gateways: 2,
             shards: 3,
+            // Between two operations, so that most of a run is parking and waking.
+            park_after: Duration::from_millis(400),
             chaos,
             schedule: None,
             disks: DiskFaults::default(),

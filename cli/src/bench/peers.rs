@@ -58,8 +58,6 @@ fn list(output: Output) -> Result<(), Failure> {
         let beside: Vec<_> = work.sides.iter().map(|side| side.against.name()).collect();
         rows.push(vec![work.name.to_owned(), work.what.to_owned(), beside.join("; ")]);
     }
-    let promises = works::UNMEASURED.iter().map(|u| [u.name, u.what, u.against].map(str::to_owned).to_vec());
-    rows.extend(promises);
     output.table(&rows)
 }
 

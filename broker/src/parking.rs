@@ -1,0 +1,362 @@
+//! Idle shards park: their replicas stop ticking, their leaders stop their heartbeats, and one message per pair of brokers
+//! stands in for all of them (`stentor_engine::parking`; docs/architecture.md, "Parking"). Must wake a replica before
+//! anything else is done with it, and never let one help to another leadership while its leader counts on it.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU8, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::{FutureExt, StreamExt, stream};
+use hashbrown::HashMap;
+use openraft::{Instant as _, ReadPolicy, ServerState, async_runtime::WatchReceiver, metrics::RaftMetrics};
+use parking_lot::Mutex;
+use stentor_engine::parking::{Confirmed, Follows, Leads, Park, Rules, Told};
+use stentor_proto::{
+    ids::{BrokerId, Incarnation, META_SHARD, ReplicaId, ShardId},
+    internal::{self, peer_frame::Message},
+};
+use stentor_raft_store::types::{TypeConfig, Vote};
+use tokio::time::Instant;
+
+use crate::{
+    membership,
+    meta::MetaView,
+    network::link::{Lane, LinkError, Route},
+    node::Node,
+    raft::{HEARTBEAT, LEASE, Raft},
+    shard::HostedShard,
+};
+
+/// Four heartbeats, and less than a follower's shortest election time-out.
+const SILENCE: Duration = Duration::from_millis(590);
+/// Two heartbeats.
+const ANSWER: Duration = Duration::from_millis(300);
+/// Clocks may differ in speed by so much: a leader counts on less than what its followers keep.
+const DRIFT: u32 = 10;
+/// A shard that could not be parked is tried again so much later: a peer may be of an older version.
+const AGAIN: Duration = Duration::from_secs(10);
+/// Replicas that are looked at at a time.
+const CHECKS_AT_ONCE: usize = 64;
+
+const AWAKE: u8 = 0;
+/// It ticks, and no quorum has answered its leader yet.
+const WAKING: u8 = 1;
+const PARKED: u8 = 2;
+
+/// What has woken since the tables were last brought up to date.
+type Woken = Arc<Mutex<Vec<ShardId>>>;
+
+/// Whether one replica is parked.
+pub(crate) struct Idle {
+    shard: ShardId,
+    raft: Raft,
+    state: AtomicU8,
+    used: AtomicBool,
+    woken: Woken,
+}
+
+impl Idle {
+    pub(crate) fn is_parked(&self) -> bool {
+        self.state.load(Ordering::Acquire) == PARKED
+    }
+
+    /// It ticks again, and its leader says at once that it is there.
+    pub(crate) fn wake(&self) {
+        let woken = self.state.compare_exchange(PARKED, WAKING, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        if woken {
+            self.used.store(true, Ordering::Relaxed);
+            // Polled once: a full queue or a stopped replica sends none, and the next pulse does. A follower sends none.
+            let _ = tokio::task::unconstrained(self.raft.trigger().heartbeat()).now_or_never();
+            self.raft.runtime_config().tick(true);
+            self.woken.lock().push(self.shard);
+        }
+    }
+
+    /// The leader is going to do something: returns when a quorum has answered it since it woke, or one lease later.
+    pub(crate) async fn in_use(&self) {
+        if !self.used.load(Ordering::Relaxed) {
+            self.used.store(true, Ordering::Relaxed);
+        }
+        if self.state.load(Ordering::Acquire) == AWAKE {
+            return;
+        }
+        self.wake();
+        // What came of it whoever called finds out: by then the lease is there, or another leader is.
+        let _ = tokio::time::timeout(LEASE, self.raft.get_read_linearizer(ReadPolicy::ReadIndex)).await;
+        let _ = self.state.compare_exchange(WAKING, AWAKE, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    fn park(&self) {
+        self.state.store(PARKED, Ordering::Release);
+        self.raft.runtime_config().tick(false);
+    }
+}
+
+/// What one broker knows of parked shards, of those that it leads and of those that it follows.
+pub(crate) struct Parking {
+    origin: Instant,
+    /// `None`: nothing parks.
+    after: Option<Duration>,
+    tables: Mutex<Tables>,
+    woken: Woken,
+}
+
+struct Tables {
+    leads: Leads,
+    follows: Follows,
+    quiet: HashMap<ShardId, Quiet>,
+}
+
+/// Since when nothing has happened in a shard that is led here.
+#[derive(Clone, Copy, PartialEq)]
+struct Quiet {
+    term: u64,
+    last_index: u64,
+    since: Duration,
+}
+
+impl Parking {
+    /// `first_list`: differs from that of every earlier process.
+    pub(crate) fn new(after: Option<Duration>, first_list: u64) -> Self {
+        let follows = Rules { lease: LEASE, answer: ANSWER, silence: SILENCE };
+        let leads = Rules { lease: LEASE - LEASE / DRIFT, ..follows };
+        let tables =
+            Tables { leads: Leads::new(leads, first_list), follows: Follows::new(follows), quiet: HashMap::new() };
+        Self { origin: Instant::now(), after, tables: Mutex::new(tables), woken: Woken::default() }
+    }
+
+    pub(crate) fn idle(&self, shard: ShardId, raft: Raft) -> Arc<Idle> {
+        let (state, used) = (AtomicU8::new(AWAKE), AtomicBool::new(true));
+        Arc::new(Idle { shard, raft, state, used, woken: self.woken.clone() })
+    }
+
+    fn now(&self) -> Duration {
+        self.origin.elapsed()
+    }
+
+    /// For how long this broker leads a parked shard yet, without that Raft knows it.
+    pub(crate) fn lease_left(&self, shard: ShardId) -> Duration {
+        self.tables.lock().leads.lease_left(self.now(), shard)
+    }
+
+    /// Whether votes for the shard must neither be given nor asked for now: its leader counts on it. Whoever asks wakes
+    /// the replica then.
+    pub(crate) fn refuses(&self, shard: ShardId) -> bool {
+        let (now, mut tables) = (self.now(), self.tables.lock());
+        let leads = !tables.leads.lease_left(now, shard).is_zero();
+        tables.follows.refuses(now, shard) || leads
+    }
+
+    /// How many replicas are parked here.
+    pub(crate) fn parked(&self) -> usize {
+        let tables = self.tables.lock();
+        tables.leads.len() + tables.follows.parked()
+    }
+
+    /// A stream to a peer is new: what was on the way to it may be lost.
+    pub(crate) fn connected(&self, node: &Node, peer: BrokerId) {
+        let woken = self.tables.lock().leads.forget(peer);
+        wake(node, woken);
+    }
+}
+
+fn wake(node: &Node, shards: impl IntoIterator<Item = ShardId>) {
+    for hosted in shards.into_iter().filter_map(|shard| node.hosted(shard)) {
+        hosted.idle.wake();
+    }
+}
+
+/// With each pulse: wakes what must wake, parks what may park. Before the heartbeats of those that are awake.
+pub(crate) fn round(node: &Node) {
+    let parking = &node.links.parking;
+    let now = parking.now();
+    let must = {
+        let mut tables = parking.tables.lock();
+        bring_up_to_date(parking, &mut tables, now);
+        let mut must = tables.leads.lapsed(now);
+        for &shard in &must {
+            tables.quiet.insert(shard, Quiet { term: 0, last_index: 0, since: now + AGAIN });
+        }
+        must.extend(tables.follows.silent(now));
+        must
+    };
+    wake(node, must);
+    let (Some(after), Some(view)) = (parking.after, node.meta.view()) else { return };
+    for hosted in node.all_hosted().iter().filter(|hosted| hosted.shard != META_SHARD && !hosted.idle.is_parked()) {
+        park_if_quiet(parking, &view, hosted, (now, after));
+    }
+}
+
+/// What woke by itself is awake in the tables too.
+fn bring_up_to_date(parking: &Parking, tables: &mut Tables, now: Duration) {
+    for shard in std::mem::take(&mut *parking.woken.lock()) {
+        tables.leads.wake(shard);
+        tables.follows.woken(now, shard);
+    }
+}
+
+fn park_if_quiet(parking: &Parking, view: &MetaView, hosted: &HostedShard, (now, after): (Duration, Duration)) {
+    let leadership = hosted.leadership();
+    if !leadership.ready {
+        return;
+    }
+    let used = hosted.idle.used.swap(false, Ordering::Relaxed);
+    let metrics = hosted.raft.metrics();
+    let metrics = metrics.borrow_watched();
+    let here = Quiet { term: leadership.term, last_index: metrics.last_log_index.unwrap_or(0), since: now };
+    let mut tables = parking.tables.lock();
+    let known = tables.quiet.entry(hosted.shard).or_insert(here);
+    let same = known.term == here.term && known.last_index == here.last_index;
+    if used || !same {
+        *known = Quiet { since: known.since.max(now), ..here };
+        return;
+    }
+    if now.saturating_sub(known.since) < after || known.since > now {
+        return;
+    }
+    let Some((park, others, voters)) = fit(hosted, &metrics, here) else { return };
+    drop(metrics);
+    if membership::is_settled(view, hosted) {
+        known.since = now;
+        hosted.idle.park();
+        tables.leads.park(now, park, others, voters);
+    }
+}
+
+/// Whether every replica has everything that was ever written, and has been heard of lately.
+fn fit(hosted: &HostedShard, metrics: &RaftMetrics<TypeConfig>, here: Quiet) -> Option<(Park, Vec<BrokerId>, usize)> {
+    let last = metrics.last_log_index?;
+    let leads = metrics.state.is_leader() && metrics.vote.leader_id.term == here.term;
+    let applied = metrics.last_applied.is_some_and(|id| id.index == last);
+    let committed = metrics.local_committed.is_some_and(|id| id.index == last);
+    let membership = metrics.membership_config.membership();
+    let one_config = membership.get_joint_config().len() == 1 && membership.learner_ids().next().is_none();
+    if !(leads && applied && committed && one_config) {
+        return None;
+    }
+    let voters: Vec<ReplicaId> = membership.voter_ids().collect();
+    let (matched, heard) = (metrics.replication.as_ref()?, metrics.heartbeat.as_ref()?);
+    let has_all = |id: &ReplicaId| {
+        matched.get(id).copied().flatten().is_some_and(|id| id.index == last)
+            && heard.get(id).cloned().flatten().is_some_and(|at| at.elapsed() < LEASE)
+    };
+    let others: Vec<ReplicaId> = voters.iter().filter(|id| **id != hosted.own).copied().collect();
+    if others.len() + 1 != voters.len() || !others.iter().all(has_all) {
+        return None;
+    }
+    let park = Park { shard: hosted.shard, term: here.term, last_index: last };
+    Some((park, others.into_iter().map(|id| id.broker).collect(), voters.len()))
+}
+
+/// Tells every peer which shards it is to keep parked, if there are any. After [`round`].
+pub(crate) fn tell(node: &Arc<Node>) {
+    let parking = &node.links.parking;
+    for peer in node.links.peers() {
+        let told = parking.tables.lock().leads.tell(parking.now(), peer);
+        let Some(told) = told else { continue };
+        let node = node.clone();
+        node.clone().spawn(async move { ask(&node, peer, told).await });
+    }
+}
+
+async fn ask(node: &Node, peer: BrokerId, told: Told) {
+    let Some(link) = node.links.link(peer, Lane::Control) else { return };
+    let replica = |broker| ReplicaId { broker, incarnation: Incarnation(0) };
+    let route = Route { shard: META_SHARD, from: replica(node.broker), to: replica(peer) };
+    let number = |shard: ShardId| shard.0;
+    let lead = |park: Park| {
+        let leader = node.hosted(park.shard).map_or(0, |hosted| hosted.own.to_u64());
+        internal::Park { shard: park.shard.0, term: park.term, last_index: park.last_index, leader }
+    };
+    let message = Message::Parked(internal::Parked {
+        list: told.list,
+        round: told.round,
+        parks: told.parks.into_iter().map(lead).collect(),
+        wakes: told.wakes.into_iter().map(number).collect(),
+        digest: told.digest,
+    });
+    let answer = tokio::time::timeout(LEASE, link.ask(route, message)).await;
+    let parking = &node.links.parking;
+    let woken = match answer {
+        Ok(Ok(Message::ParkedAnswer(answer))) => {
+            let internal::ParkedAnswer { list, round, agreed, withdrawn } = answer;
+            let withdrawn = withdrawn.into_iter().map(ShardId).collect();
+            parking.tables.lock().leads.answered(peer, &Confirmed { list, round, agreed, withdrawn })
+        }
+        // The stream is gone, and the next one begins with a new list; or the peer knows nothing of parking.
+        Ok(Err(LinkError::NotConnected(_) | LinkError::Broken(_) | LinkError::Refused(..)) | Ok(_)) | Err(_) => return,
+    };
+    wake(node, woken);
+}
+
+/// Work that a peer's message asks for; what it says has been taken note of already, in the order of messages.
+pub(crate) fn told(
+    node: &Arc<Node>,
+    leader: BrokerId,
+    message: internal::Parked,
+) -> impl Future<Output = Message> + use<> {
+    let node = node.clone();
+    let internal::Parked { list, round, parks, wakes, digest } = message;
+    let leaders: HashMap<ShardId, u64> = parks.iter().map(|park| (ShardId(park.shard), park.leader)).collect();
+    let parks = parks.iter();
+    let parks = parks.map(|p| Park { shard: ShardId(p.shard), term: p.term, last_index: p.last_index }).collect();
+    let told = Told { list, round, parks, wakes: wakes.into_iter().map(ShardId).collect(), digest };
+    let todo = {
+        let parking = &node.links.parking;
+        let (now, mut tables) = (parking.now(), parking.tables.lock());
+        bring_up_to_date(parking, &mut tables, now);
+        tables.follows.told(now, leader, &told)
+    };
+    wake(&node, todo.wake);
+    async move {
+        let parking = &node.links.parking;
+        let checks = stream::iter(todo.park).map(|park| {
+            let leader = leaders.get(&park.shard).map(|&id| ReplicaId::from_u64(id));
+            let node = &node;
+            async move { (park.shard, follow(node, park, leader).await) }
+        });
+        let mut checks = checks.buffer_unordered(CHECKS_AT_ONCE);
+        while let Some((shard, parked)) = checks.next().await {
+            parking.tables.lock().follows.checked(parking.now(), leader, shard, parked);
+        }
+        let Confirmed { list, round, agreed, withdrawn } = parking.tables.lock().follows.confirm(leader, list, round);
+        let withdrawn = withdrawn.into_iter().map(|shard| shard.0).collect();
+        Message::ParkedAnswer(internal::ParkedAnswer { list, round, agreed, withdrawn })
+    }
+}
+
+/// Parks a replica that follows, if it has what its leader says. Votes are refused already: what came before is in the
+/// state that is looked at.
+async fn follow(node: &Node, park: Park, leader: Option<ReplicaId>) -> bool {
+    let (Some(hosted), Some(leader)) = (node.hosted(park.shard), leader) else { return false };
+    hosted.idle.park();
+    let follows = hosted.raft.with_raft_state(move |state| {
+        let index =
+            |id: Option<&stentor_raft_store::types::RaftLogId>| id.is_some_and(|id| id.index == park.last_index);
+        let Vote { leader_id, committed } = state.vote_ref();
+        let of_leader = *committed && leader_id.term == park.term && leader_id.voted_for == leader;
+        let follower = state.server_state == ServerState::Follower;
+        of_leader && follower && index(state.log_ids.last()) && index(state.local_committed())
+    });
+    let follows = follows.await.unwrap_or(false);
+    if !follows {
+        hosted.idle.wake();
+    }
+    follows
+}
+
+/// For whoever takes the leadership away on purpose: returns when the others have heard that the shard is awake.
+pub(crate) async fn settle(hosted: impl IntoIterator<Item = &HostedShard>) {
+    let mut parked = false;
+    for hosted in hosted {
+        parked |= hosted.idle.is_parked();
+        hosted.idle.wake();
+    }
+    if parked {
+        tokio::time::sleep(2 * HEARTBEAT).await;
+    }
+}

@@ -1,0 +1,258 @@
+//! A leader and its followers over ways that delay, lose and reorder. Must fail when a leader may count on a lease that a
+//! follower does not keep.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const RULES: Rules = Rules {
+    lease: Duration::from_millis(1_000),
+    answer: Duration::from_millis(300),
+    silence: Duration::from_millis(600),
+};
+const LEADER: BrokerId = BrokerId(1);
+const PEERS: [BrokerId; 2] = [BrokerId(2), BrokerId(3)];
+const SHARDS: u32 = 3;
+
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+fn park(shard: u32, term: u64) -> Park {
+    Park { shard: ShardId(shard), term, last_index: 7 }
+}
+
+/// One message, and the answer that is under way.
+enum OnTheWay {
+    Told(BrokerId, Told),
+    Answer(BrokerId, Confirmed),
+}
+
+struct World {
+    now: Duration,
+    leads: Leads,
+    follows: BTreeMap<BrokerId, Follows>,
+    way: Vec<OnTheWay>,
+    /// Whether a follower's replica can be parked.
+    fits: bool,
+}
+
+impl World {
+    fn new() -> Self {
+        let follows = PEERS.map(|peer| (peer, Follows::new(RULES))).into();
+        Self { now: ms(5_000), leads: Leads::new(RULES, 40), follows, way: Vec::new(), fits: true }
+    }
+
+    fn follower(&mut self, peer: BrokerId) -> &mut Follows {
+        self.follows.get_mut(&peer).unwrap()
+    }
+
+    fn pulse(&mut self) {
+        for peer in PEERS {
+            self.way.extend(self.leads.tell(self.now, peer).map(|told| OnTheWay::Told(peer, told)));
+            let now = self.now;
+            let _ = self.follower(peer).silent(now);
+        }
+        let _ = self.leads.lapsed(self.now);
+    }
+
+    fn deliver(&mut self, at: usize) {
+        if self.way.is_empty() {
+            return;
+        }
+        let (now, fits) = (self.now, self.fits);
+        match self.way.remove(at % self.way.len()) {
+            OnTheWay::Told(peer, told) => {
+                let follower = self.follower(peer);
+                let todo = follower.told(now, LEADER, &told);
+                todo.park.iter().for_each(|park| follower.checked(now, LEADER, park.shard, fits));
+                let answer = follower.confirm(LEADER, told.list, told.round);
+                self.way.push(OnTheWay::Answer(peer, answer));
+            }
+            OnTheWay::Answer(peer, answer) => drop(self.leads.answered(peer, &answer)),
+        }
+    }
+
+    /// One pulse after the other, nothing lost.
+    fn calm(&mut self, pulses: usize) {
+        for _ in 0..pulses {
+            self.pulse();
+            while !self.way.is_empty() {
+                self.deliver(0);
+            }
+            self.now += ms(150);
+        }
+    }
+
+    /// Where the leader counts on its lease, a quorum must be impossible without it: of two followers one keeps it.
+    fn check(&mut self) {
+        for shard in (0..SHARDS).map(ShardId) {
+            if self.leads.lease_left(self.now, shard).is_zero() {
+                continue;
+            }
+            let keeps = |follower: &Follows| {
+                let parked = follower.lists.values().filter_map(|list| list.shards.get(&shard));
+                let parked = parked.into_iter().any(|(_, state)| *state != State::Withdrawn);
+                parked || follower.gates.get(&shard).is_some_and(|until| self.now < *until)
+            };
+            assert!(self.follows.values().any(keeps), "{shard}: a quorum may elect another leader at {:?}", self.now);
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Op {
+    Park(u32),
+    Wake(u32),
+    Vote(usize, u32),
+    Append(usize, u32),
+    Pulse,
+    Deliver(usize),
+    Lose(usize),
+    Connect(usize),
+    Restart(usize),
+    Fits(bool),
+    Time(u64),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let (shard, peer) = (|| 0..SHARDS, || 0..PEERS.len());
+    prop_oneof![
+        4 => shard().prop_map(Op::Park),
+        2 => shard().prop_map(Op::Wake),
+        2 => (peer(), shard()).prop_map(|(peer, shard)| Op::Vote(peer, shard)),
+        1 => (peer(), shard()).prop_map(|(peer, shard)| Op::Append(peer, shard)),
+        6 => Just(Op::Pulse),
+        12 => any::<usize>().prop_map(Op::Deliver),
+        1 => any::<usize>().prop_map(Op::Lose),
+        1 => peer().prop_map(Op::Connect),
+        1 => peer().prop_map(Op::Restart),
+        1 => any::<bool>().prop_map(Op::Fits),
+        6 => (1u64..400).prop_map(Op::Time),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    #[test]
+    fn a_lease_that_is_counted_on_is_kept(ops in prop::collection::vec(op(), 1..120)) {
+        let mut world = World::new();
+        let mut term = 1;
+        for op in ops {
+            match op {
+                Op::Park(shard) => {
+                    term += 1;
+                    world.leads.park(world.now, park(shard, term), PEERS.to_vec(), 3);
+                }
+                Op::Wake(shard) => world.leads.wake(ShardId(shard)),
+                Op::Vote(peer, shard) => {
+                    let now = world.now;
+                    let _ = world.follower(PEERS[peer]).refuses(now, ShardId(shard));
+                }
+                Op::Append(peer, shard) => {
+                    let now = world.now;
+                    world.follower(PEERS[peer]).woken(now, ShardId(shard));
+                }
+                Op::Pulse => world.pulse(),
+                Op::Deliver(at) => world.deliver(at),
+                Op::Lose(at) => if !world.way.is_empty() {
+                    world.way.remove(at % world.way.len());
+                },
+                Op::Connect(peer) => drop(world.leads.forget(PEERS[peer])),
+                Op::Restart(peer) => {
+                    // A process that begins helps nobody to a leadership for a lease (`FIRST_LEASE`).
+                    let mut begun = Follows::new(RULES);
+                    let until = world.now + RULES.lease;
+                    (0..SHARDS).for_each(|shard| _ = begun.gates.insert(ShardId(shard), until));
+                    world.follows.insert(PEERS[peer], begun);
+                }
+                Op::Fits(fits) => world.fits = fits,
+                Op::Time(passed) => world.now += ms(passed),
+            }
+            world.check();
+        }
+        // Whatever happened, both sides come to agree, and what stays parked is confirmed.
+        world.fits = true;
+        world.way.clear();
+        PEERS.iter().for_each(|&peer| drop(world.leads.forget(peer)));
+        world.calm(10);
+        (0..SHARDS).for_each(|shard| world.leads.park(world.now, park(shard, term + 1), PEERS.to_vec(), 3));
+        world.calm(20);
+        prop_assert_eq!(world.leads.len(), SHARDS as usize);
+        for peer in PEERS {
+            prop_assert_eq!(world.follower(peer).parked(), SHARDS as usize);
+        }
+    }
+}
+
+#[test]
+fn a_parked_shard_is_led_as_long_as_one_of_two_confirms() {
+    let mut world = World::new();
+    world.leads.park(world.now, park(0, 1), PEERS.to_vec(), 3);
+    assert!(world.leads.lease_left(world.now, ShardId(0)).is_zero(), "nobody has confirmed it");
+    world.calm(3);
+    assert!(world.leads.lease_left(world.now, ShardId(0)) >= ms(800));
+    // The other is gone for good.
+    for _ in 0..20 {
+        world.pulse();
+        world.way.retain(|way| matches!(way, OnTheWay::Told(peer, _) | OnTheWay::Answer(peer, _) if *peer == PEERS[0]));
+        while !world.way.is_empty() {
+            world.deliver(0);
+        }
+        world.now += ms(150);
+    }
+    assert!(world.leads.lease_left(world.now, ShardId(0)) >= ms(800));
+    assert!(world.leads.lapsed(world.now).is_empty());
+    assert_eq!(world.follower(PEERS[1]).parked(), 0, "it has not heard of its leader");
+    // And when it is back it is told anew.
+    assert_eq!(world.leads.forget(PEERS[1]), [ShardId(0)]);
+    assert!(world.leads.is_empty());
+}
+
+#[test]
+fn a_vote_is_refused_for_one_lease_and_wakes_everybody() {
+    let mut world = World::new();
+    world.leads.park(world.now, park(0, 1), PEERS.to_vec(), 3);
+    world.calm(2);
+    let now = world.now;
+    assert!(world.follower(PEERS[0]).refuses(now, ShardId(0)));
+    assert!(world.follower(PEERS[0]).refuses(now + ms(999), ShardId(0)));
+    assert!(!world.follower(PEERS[0]).refuses(now + ms(1_000), ShardId(0)));
+    assert!(!world.follower(PEERS[0]).refuses(now, ShardId(1)), "a shard that is not parked is Raft's own affair");
+    world.calm(1);
+    assert!(world.leads.is_empty(), "the leader was told");
+    world.calm(1);
+    assert_eq!(world.follower(PEERS[1]).parked(), 0, "and told the other");
+    let now = world.now;
+    assert!(!world.follower(PEERS[1]).refuses(now, ShardId(0)), "its leader has given it up");
+}
+
+#[test]
+fn who_cannot_park_in_time_keeps_the_others_awake() {
+    let mut world = World::new();
+    world.fits = false;
+    world.leads.park(world.now, park(0, 1), PEERS.to_vec(), 3);
+    world.calm(1);
+    assert!(world.leads.is_empty());
+    // Nor may it take for ever.
+    world.leads.park(world.now, park(0, 1), PEERS.to_vec(), 3);
+    world.now += ms(301);
+    assert_eq!(world.leads.lapsed(world.now), [ShardId(0)]);
+}
+
+#[test]
+fn followers_of_a_silent_leader_wake_before_its_lease_ends_and_vote_after_it() {
+    let mut world = World::new();
+    world.leads.park(world.now, park(0, 1), PEERS.to_vec(), 3);
+    world.pulse();
+    world.deliver(0);
+    let told = world.now;
+    let follower = world.follower(PEERS[0]);
+    assert!(follower.silent(told + ms(600)).is_empty());
+    assert_eq!(follower.silent(told + ms(601)), [ShardId(0)]);
+    assert!(follower.refuses(told + ms(999), ShardId(0)));
+    assert!(!follower.refuses(told + ms(1_000), ShardId(0)));
+}
