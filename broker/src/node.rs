@@ -122,8 +122,12 @@ impl Node {
         self.hosted.rcu(|hosted| {
             let mut by_shard = hosted.by_shard.clone();
             by_shard.insert(shard.shard, shard.clone());
-            let mut all: Vec<_> = by_shard.values().cloned().collect();
-            all.sort_unstable_by_key(|hosted| hosted.shard);
+            let mut all = hosted.all.to_vec();
+            let place = all.partition_point(|other| other.shard < shard.shard);
+            match all.get_mut(place).filter(|known| known.shard == shard.shard) {
+                Some(known) => *known = shard.clone(),
+                None => all.insert(place, shard.clone()),
+            }
             Hosted { by_shard, all: all.into() }
         });
         self.metrics.replicas.set(self.hosted.load().all.len() as i64);

@@ -258,8 +258,12 @@ pub(crate) fn tell(node: &Arc<Node>) {
     for peer in node.links.peers() {
         let told = parking.tables.lock().leads.tell(parking.now(), peer);
         let Some(told) = told else { continue };
-        let node = node.clone();
-        node.clone().spawn(async move { ask(&node, peer, told).await });
+        let asked = node.clone();
+        let mut asking = Box::pin(async move { ask(&asked, peer, told).await });
+        // Polled here once, so that messages are queued in the order of their rounds.
+        if (&mut asking).now_or_never().is_none() {
+            node.spawn(asking);
+        }
     }
 }
 

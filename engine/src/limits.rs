@@ -125,6 +125,10 @@ pub const RUN_BYTES: usize = 16 * 1024;
 /// Items that one `OutboxDone` removes.
 pub const OUTBOX_DONE_ITEMS: usize = 1_024;
 
+/// How long what is ready may wait for the answers of more that is in flight, in ms, so that it goes in fewer runs. An
+/// answer takes about as long within a data centre; a person never notices it.
+pub const RUN_LINGER_MS: u64 = 2;
+
 // Bundles.
 
 /// A bundle closes at this size; a larger command travels alone.

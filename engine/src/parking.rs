@@ -291,6 +291,8 @@ pub struct Follows {
 #[derive(Debug, Default)]
 struct Followed {
     number: u64,
+    /// Of the last message.
+    round: u64,
     digest: u64,
     heard: Duration,
     shards: BTreeMap<ShardId, (u64, State)>,
@@ -334,12 +336,17 @@ impl Follows {
             todo.wake = self.drop_list(now, leader);
         }
         let list = self.lists.entry(leader).or_default();
-        list.number = told.list;
-        list.heard = now;
+        if told.round != list.round + 1 {
+            // Something was lost, or comes late: what it takes out may have been added again since.
+            todo.wake.extend(self.drop_list(now, leader));
+            return todo;
+        }
+        (list.number, list.round, list.heard) = (told.list, told.round, now);
         for shard in &told.wakes {
-            // Its leader has given it up itself and now counts on what Raft says.
-            self.gates.remove(shard);
             if let Some((term, state)) = list.shards.remove(shard) {
+                // Its leader has given it up itself and now counts on what Raft says. A message of an older list says
+                // nothing of that.
+                self.gates.remove(shard);
                 list.digest ^= digest_of(*shard, term);
                 todo.wake.extend((state != State::Withdrawn).then_some(*shard));
             }

@@ -135,7 +135,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2_000))]
+    #![proptest_config(ProptestConfig::with_cases(4_000))]
 
     #[test]
     fn a_lease_that_is_counted_on_is_kept(ops in prop::collection::vec(op(), 1..120)) {

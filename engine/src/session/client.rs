@@ -210,6 +210,8 @@ struct Conversation<S> {
     answered_ms: u64,
     /// Its sends in flight have had no answer for so long that they leave the window to the others.
     stuck: bool,
+    /// The newest of its moments in [`Session::wakes`].
+    wakes_at: u64,
     /// How far a stream had come that has ended: one that begins by itself goes on from there.
     passed: Seq,
 }
@@ -320,7 +322,7 @@ impl<S, R> Session<S, R> {
     pub fn send(&mut self, now: u64, id: &ConversationId, send: v1::Send, ticket: S) -> Result<(), (Full, S)> {
         let Some(conversation) = self.conversation(id) else { return Err((Full::Conversations, ticket)) };
         let send = v1::Send { conversation: id.as_str().into(), send_no: 0, done_no: 0, ..send };
-        conversation.outbox.get_or_insert_default().push(send, ticket);
+        conversation.outbox.get_or_insert_default().push(now, send, ticket);
         self.settle(now, id.as_str());
         Ok(())
     }
@@ -438,6 +440,7 @@ impl<S> Conversation<S> {
             streamed: false,
             answered_ms: 0,
             stuck: false,
+            wakes_at: 0,
             passed: Seq(0),
         }
     }

@@ -89,6 +89,8 @@ pub(super) struct Outbox<S> {
     attempt: u32,
     /// The highest `last` that came with a proof that a number is another's.
     taken_upto: u64,
+    /// Since when the next send is ready, while others are in flight.
+    ready_since: u64,
 }
 
 impl<S> Default for Outbox<S> {
@@ -103,12 +105,16 @@ impl<S> Default for Outbox<S> {
             stopped: None,
             attempt: 0,
             taken_upto: 0,
+            ready_since: 0,
         }
     }
 }
 
 impl<S> Outbox<S> {
-    pub(super) fn push(&mut self, send: v1::Send, ticket: S) {
+    pub(super) fn push(&mut self, now: u64, send: v1::Send, ticket: S) {
+        if self.pending.len() == self.round {
+            self.ready_since = now;
+        }
         self.pending.push_back(Entry { send, ticket, flying: false, uncertain: false, lost_number: false });
     }
 
@@ -122,14 +128,31 @@ impl<S> Outbox<S> {
         (SendNo(self.last), SendNo(done))
     }
 
-    pub(super) fn want(&self, now: u64) -> Want {
+    /// `run_sends`: how long a run may be on this connection; below 2 there are none.
+    pub(super) fn want(&self, now: u64, run_sends: usize) -> Want {
         match self.stopped {
             _ if self.pending.is_empty() || self.in_flight > 0 && self.stopped.is_some() => Want::Nothing,
             Some(at) if at > now => Want::WakeAt(at),
             _ if self.count == Count::Unknown => Want::Ask,
+            _ if self.may_transmit() && self.gathers(run_sends) && now < self.ready_since + limits::RUN_LINGER_MS => {
+                Want::WakeAt(self.ready_since + limits::RUN_LINGER_MS)
+            }
             _ if self.may_transmit() => Want::Send,
             _ => Want::Nothing,
         }
+    }
+
+    /// Whether more is in flight than is ready: its answers bring more sends, perhaps, that had better go with these. A run
+    /// costs everybody on the way as much as a single send (Nagle's rule, RFC 896, with a bound). A full one never waits.
+    fn gathers(&self, run_sends: usize) -> bool {
+        let ready = self.pending.len() - self.round;
+        let joins = |next: &Entry<S>| goes_in_runs(&next.send) && ready * next.send.body.len() < limits::RUN_BYTES;
+        ready < self.in_flight.min(run_sends) && self.pending.get(self.round).is_some_and(joins)
+    }
+
+    /// What is left after a run waits from now on.
+    pub(super) fn gathers_from(&mut self, now: u64) {
+        self.ready_since = now;
     }
 
     fn may_transmit(&self) -> bool {
@@ -201,9 +224,7 @@ impl<S> Outbox<S> {
             let in_turn = send.send_no == next || send.send_no == 0 && next > self.last;
             next += 1;
             bytes += send.body.len();
-            let plain = send.client_id.is_empty() && send.first_try_ms == 0;
-            let unconditional = send.expect_version.is_none() && send.expect_epoch.is_none();
-            in_turn && plain && unconditional && bytes <= limits::RUN_BYTES && fits(send)
+            in_turn && goes_in_runs(send) && bytes <= limits::RUN_BYTES && fits(send)
         };
         self.pending.range(self.round..).take(count).take_while(of_run).count()
     }
@@ -382,6 +403,12 @@ impl<S> Outbox<S> {
         (self.round, self.in_flight) = (0, 0);
         std::mem::take(&mut self.pending).into_iter().map(|e| (e.ticket, e.flying || e.uncertain && !e.lost_number))
     }
+}
+
+/// What has a key or a condition goes alone.
+fn goes_in_runs(send: &v1::Send) -> bool {
+    let plain = send.client_id.is_empty() && send.first_try_ms == 0;
+    plain && send.expect_version.is_none() && send.expect_epoch.is_none()
 }
 
 /// Whether a final refusal of a send whose earlier attempt has no answer says that there is no event. It does when

@@ -50,7 +50,7 @@ impl<S, R> Session<S, R> {
         (self.times.leave, self.times.leaving, self.times.moves_due, self.times.room) = (None, false, None, None);
         for conversation in self.conversations.values_mut() {
             (conversation.is_ready, conversation.asked, conversation.streamed) = (false, false, false);
-            conversation.stuck = false;
+            (conversation.stuck, conversation.wakes_at) = (false, 0);
             if let Some(outbox) = &mut conversation.outbox {
                 outbox.disconnected();
             }
@@ -154,10 +154,13 @@ impl<S, R> Session<S, R> {
         let Some(conversation) = self.conversations.get_mut(id.as_str()) else { return };
         conversation.is_ready = false;
         let Some(outbox) = &mut conversation.outbox else { return };
-        if outbox.want(now) != Want::Send || conversation.stuck {
-            return;
-        }
         let limits = self.limits;
+        match outbox.want(now, limits.run_sends) {
+            Want::Send if !conversation.stuck => {}
+            // More is in flight than when it was put here.
+            Want::WakeAt(_) => return self.settle(now, id.as_str()),
+            _ => return,
+        }
         let too_large = |send: &v1::Send| {
             send.body.len() > limits.body_bytes || send.encoded_len() + FRAME_SLACK_BYTES > limits.frame_bytes
         };
@@ -193,6 +196,7 @@ impl<S, R> Session<S, R> {
                 conversation.answered_ms = now;
             }
             self.in_flight += outbox.in_flight() - before;
+            outbox.gathers_from(now);
         }
         self.settle(now, id.as_str());
     }
@@ -203,7 +207,7 @@ impl<S, R> Session<S, R> {
         let Some(outbox) = &mut conversation.outbox else { return };
         let mut unknown = Vec::new();
         outbox.go_back(&mut unknown);
-        let (want, asked) = (outbox.want(now), conversation.asked);
+        let (want, asked) = (outbox.want(now, self.limits.run_sends), conversation.asked);
         let id = conversation.id.clone();
         if self.phase == Phase::Open {
             match want {
@@ -215,7 +219,8 @@ impl<S, R> Session<S, R> {
                     conversation.asked = true;
                     self.questions.push_back(id);
                 }
-                Want::WakeAt(at) => {
+                Want::WakeAt(at) if conversation.wakes_at != at => {
+                    conversation.wakes_at = at;
                     self.wakes.insert((at, id));
                 }
                 _ => {}

@@ -484,6 +484,7 @@ fn a_conversation_without_answers_leaves_the_window_to_the_others() {
     device.send(3, &id("d"), text("d1"), "d1").unwrap();
     count(&mut device, 3);
     let stuck_at = 2 + limits::STUCK_SHARD_MS;
+    device.tick(stuck_at - 1).unwrap();
     assert!(written(&mut device, stuck_at - 1).is_empty());
     assert_eq!(device.deadline(), Some(stuck_at));
     assert_eq!(numbers(&written(&mut device, stuck_at)), [(1, 0, &b"d1"[..])], "the other one goes on");
@@ -587,4 +588,35 @@ fn a_run_keeps_within_the_limits_of_its_connection() {
     assert_eq!(run_of(v1::Welcome { max_run_sends: 0, ..welcome() }), [5; 4], "this gateway knows no runs");
     assert_eq!(run_of(v1::Welcome { max_run_sends: 2, ..welcome() }), [10, 10]);
     assert_eq!(run_of(v1::Welcome { max_frame_bytes: 49 + 2 * 60, ..welcome() }), [10, 10], "two to a frame");
+}
+
+#[test]
+fn what_is_less_than_what_is_in_flight_waits_for_its_answers_but_not_for_long() {
+    let mut device = device();
+    device.connected(0, "token", &[1; 16]);
+    written(&mut device, 0);
+    give(&mut device, 0, v1::Welcome { max_in_flight: 64, ..welcome() }).unwrap();
+    device.send(0, &id("c"), text("probe"), "probe").unwrap();
+    let asked = question(&written(&mut device, 0)).unwrap();
+    give(&mut device, 0, state(asked, 0)).unwrap();
+    written(&mut device, 0);
+    give(&mut device, 0, sent(1, 1)).unwrap();
+    let say = |device: &mut Device, now, count: usize| {
+        (0..count).for_each(|_| device.send(now, &id("c"), text("x"), "x").unwrap());
+        frames(device, now).len()
+    };
+    assert_eq!(say(&mut device, 10, 1), 1, "nothing is in flight");
+    assert_eq!(say(&mut device, 10, 1), 1, "as much is in flight");
+    assert_eq!(say(&mut device, 10, 1), 0, "more is");
+    assert_eq!(device.deadline(), Some(10 + limits::RUN_LINGER_MS));
+    assert_eq!(say(&mut device, 10, 1), 1, "as much again: one run of two");
+    assert_eq!(say(&mut device, 10, 3), 0);
+    // An answer to one of four leaves as many in flight as are ready.
+    give(&mut device, 11, sent(2, 2)).unwrap();
+    assert_eq!(frames(&mut device, 11).len(), 1);
+    assert_eq!(say(&mut device, 11, 1), 0);
+    device.tick(11 + limits::RUN_LINGER_MS - 1).unwrap();
+    assert_eq!(frames(&mut device, 11 + limits::RUN_LINGER_MS - 1).len(), 0);
+    device.tick(11 + limits::RUN_LINGER_MS).unwrap();
+    assert_eq!(frames(&mut device, 11 + limits::RUN_LINGER_MS).len(), 1, "no answer came, and it goes");
 }
