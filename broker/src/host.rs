@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeSet, ops::Range, sync::Arc};
 
+use futures_util::{StreamExt, TryStreamExt, stream};
 use openraft::{RaftLogReader, storage::RaftLogStorage};
 use stentor_engine::command;
 use stentor_proto::{
@@ -24,6 +25,11 @@ use crate::{
     router,
     shard::{HostedShard, Leadership, follow_leadership},
 };
+
+/// Replicas that are opened and begun at the same time.
+const OPENED_AT_ONCE: usize = 32;
+/// Shards that are marked as initialized at the same time: they share the meta shard's entries.
+const MARKED_AT_ONCE: usize = 64;
 
 /// Why a replica cannot be opened; the broker cannot serve it.
 #[derive(Debug, Error)]
@@ -107,21 +113,23 @@ pub(crate) async fn open(
 /// what is on disk is opened all the same: this one votes until its vote is taken over, shard by shard.
 pub(crate) async fn reconcile(node: &Arc<Node>, view: &MetaView, own: ReplicaId) -> Result<(), HostError> {
     let held = if view.is_replaced(own) { held(node).await? } else { BTreeSet::new() };
-    for placement in &view.placement.shards {
+    let is_ours = |placement: &&ShardPlacement| {
         let shard = ShardId(placement.shard);
-        if shard == META_SHARD || !placement.replicas.contains(&own.to_u64()) && !held.contains(&shard) {
-            continue;
-        }
-        let hosted = match node.hosted(shard) {
-            Some(hosted) => hosted,
-            None => {
-                let slots = placement.first_slot as u16..placement.end_slot as u16;
-                open(node, shard, slots, own).await?
-            }
-        };
-        initialize(&hosted, placement, own).await?;
-    }
-    Ok(())
+        shard != META_SHARD && (placement.replicas.contains(&own.to_u64()) || held.contains(&shard))
+    };
+    let ours: Vec<ShardPlacement> = view.placement.shards.iter().filter(is_ours).cloned().collect();
+    // Each waits for fsyncs and for nothing else.
+    let opened = stream::iter(ours).map(|placement| reconcile_one(node, placement, own));
+    opened.buffer_unordered(OPENED_AT_ONCE).try_for_each(async |()| Ok(())).await
+}
+
+async fn reconcile_one(node: &Arc<Node>, placement: ShardPlacement, own: ReplicaId) -> Result<(), HostError> {
+    let shard = ShardId(placement.shard);
+    let hosted = match node.hosted(shard) {
+        Some(hosted) => hosted,
+        None => open(node, shard, placement.first_slot as u16..placement.end_slot as u16, own).await?,
+    };
+    initialize(&hosted, &placement, own).await
 }
 
 /// The shards of this directory.
@@ -162,14 +170,15 @@ pub(crate) async fn begin(
 /// Tells the meta shard of shards that have committed, so that nobody initializes them again.
 pub(crate) async fn mark_initialized(node: &Arc<Node>) {
     let Some(view) = node.meta.view() else { return };
-    for placement in view.placement.shards.iter().filter(|p| !p.initialized) {
-        let shard = ShardId(placement.shard);
-        if node.hosted(shard).is_none_or(|hosted| !hosted.ready()) {
-            continue;
-        }
+    let new = view.placement.shards.iter().filter(|placement| !placement.initialized);
+    // Another broker looks after those that it leads.
+    let leads = |shard: &ShardId| node.hosted(*shard).is_some_and(|hosted| hosted.ready());
+    let begun: Vec<ShardId> = new.map(|placement| ShardId(placement.shard)).filter(leads).collect();
+    let marking = stream::iter(begun).map(|shard| async move {
         let mark = command::encode(&command::mark_initialized(shard.0));
         if let Err(refusal) = router::propose(node, META_SHARD, mark, router::Retry::Always).await {
             tracing::debug!(%shard, reason = refusal.reason, "cannot mark the shard as initialized yet");
         }
-    }
+    });
+    marking.buffer_unordered(MARKED_AT_ONCE).collect::<()>().await;
 }

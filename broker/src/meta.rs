@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use stentor_engine::{
     command,
     effect::Outcome,
@@ -24,7 +25,12 @@ use stentor_transport::token::Keys;
 use thiserror::Error;
 use tokio::sync::watch;
 
-use crate::{config::Bootstrap, host, node::Node, shard::HostedShard};
+use crate::{
+    config::Bootstrap,
+    host::{self, HostError},
+    node::Node,
+    shard::HostedShard,
+};
 
 /// Replicas of a data shard.
 const REPLICATION: usize = 3;
@@ -174,28 +180,44 @@ fn app_info(key: &RowKey, keys: Vec<SigningKey>) -> Option<AppInfo> {
 pub(crate) async fn follow(node: Arc<Node>, reader: ShardReader, own: ReplicaId) {
     // Moved by every entry, and by a snapshot that takes the place of many.
     let mut applied = reader.applied();
+    // One at a time, beside this: thousands of replicas take long to open, and meanwhile the picture changes.
+    let (mut opening, mut behind) = (FuturesUnordered::new(), false);
     loop {
         applied.mark_unchanged();
         match load(&reader, node.config.development).await {
             Ok(Some(view)) => {
                 node.meta.publish(view);
-                if let Some(view) = node.meta.view()
-                    && let Err(error) = host::reconcile(&node, &view, own).await
-                {
-                    if node.stop.is_cancelled() {
-                        return;
-                    }
-                    return node.fail(&error.to_string());
-                }
+                behind = true;
             }
             Ok(None) => {}
             Err(_) if node.stop.is_cancelled() => return,
             Err(error) => return node.fail(&format!("cannot read the meta shard: {error}")),
         }
-        tokio::select! {
-            changed = applied.changed() => if changed.is_err() { return },
-            () = node.stop.cancelled() => return,
+        loop {
+            if behind && opening.is_empty() {
+                opening.push(open_replicas(&node, own));
+                behind = false;
+            }
+            tokio::select! {
+                changed = applied.changed() => match changed {
+                    Ok(()) => break,
+                    Err(_) => return,
+                },
+                Some(opened) = opening.next(), if !opening.is_empty() => match opened {
+                    Ok(()) => {}
+                    Err(_) if node.stop.is_cancelled() => return,
+                    Err(error) => return node.fail(&error.to_string()),
+                },
+                () = node.stop.cancelled() => return,
+            }
         }
+    }
+}
+
+async fn open_replicas(node: &Arc<Node>, own: ReplicaId) -> Result<(), HostError> {
+    match node.meta.view() {
+        Some(view) => host::reconcile(node, &view, own).await,
+        None => Ok(()),
     }
 }
 

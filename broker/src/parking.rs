@@ -37,6 +37,9 @@ const SILENCE: Duration = Duration::from_millis(590);
 const ANSWER: Duration = Duration::from_millis(300);
 /// Clocks may differ in speed by so much: a leader counts on less than what its followers keep.
 const DRIFT: u32 = 10;
+/// A shard in which nothing was done since its leader leads parks after so long at the latest: thousands that begin or
+/// change their leader at once would keep each other from it by their ticks.
+const UNTOUCHED: Duration = Duration::from_secs(1);
 /// A shard that could not be parked is tried again so much later: a peer may be of an older version.
 const AGAIN: Duration = Duration::from_secs(10);
 /// Replicas that are looked at at a time.
@@ -117,6 +120,8 @@ struct Quiet {
     term: u64,
     last_index: u64,
     since: Duration,
+    /// Somebody used it in this term.
+    touched: bool,
 }
 
 impl Parking {
@@ -130,7 +135,7 @@ impl Parking {
     }
 
     pub(crate) fn idle(&self, shard: ShardId, raft: Raft) -> Arc<Idle> {
-        let (state, used) = (AtomicU8::new(AWAKE), AtomicBool::new(true));
+        let (state, used) = (AtomicU8::new(AWAKE), AtomicBool::new(false));
         Arc::new(Idle { shard, raft, state, used, woken: self.woken.clone() })
     }
 
@@ -158,9 +163,8 @@ impl Parking {
     }
 
     /// A stream to a peer is new: what was on the way to it may be lost.
-    pub(crate) fn connected(&self, node: &Node, peer: BrokerId) {
-        let woken = self.tables.lock().leads.forget(peer);
-        wake(node, woken);
+    pub(crate) fn connected(&self, peer: BrokerId) {
+        self.tables.lock().leads.forget(peer);
     }
 }
 
@@ -176,10 +180,10 @@ pub(crate) fn round(node: &Node) {
     let now = parking.now();
     let must = {
         let mut tables = parking.tables.lock();
-        bring_up_to_date(parking, &mut tables, now);
+        bring_up_to_date(parking, &mut tables);
         let mut must = tables.leads.lapsed(now);
         for &shard in &must {
-            tables.quiet.insert(shard, Quiet { term: 0, last_index: 0, since: now + AGAIN });
+            tables.quiet.insert(shard, Quiet { term: 0, last_index: 0, since: now + AGAIN, touched: true });
         }
         must.extend(tables.follows.silent(now));
         must
@@ -192,10 +196,10 @@ pub(crate) fn round(node: &Node) {
 }
 
 /// What woke by itself is awake in the tables too.
-fn bring_up_to_date(parking: &Parking, tables: &mut Tables, now: Duration) {
+fn bring_up_to_date(parking: &Parking, tables: &mut Tables) {
     for shard in std::mem::take(&mut *parking.woken.lock()) {
         tables.leads.wake(shard);
-        tables.follows.woken(now, shard);
+        tables.follows.woken(shard);
     }
 }
 
@@ -207,14 +211,17 @@ fn park_if_quiet(parking: &Parking, view: &MetaView, hosted: &HostedShard, (now,
     let used = hosted.idle.used.swap(false, Ordering::Relaxed);
     let metrics = hosted.raft.metrics();
     let metrics = metrics.borrow_watched();
-    let here = Quiet { term: leadership.term, last_index: metrics.last_log_index.unwrap_or(0), since: now };
+    let here =
+        Quiet { term: leadership.term, last_index: metrics.last_log_index.unwrap_or(0), since: now, touched: used };
     let mut tables = parking.tables.lock();
     let known = tables.quiet.entry(hosted.shard).or_insert(here);
     let same = known.term == here.term && known.last_index == here.last_index;
     if used || !same {
-        *known = Quiet { since: known.since.max(now), ..here };
+        let touched = used || known.touched && known.term == here.term;
+        *known = Quiet { since: known.since.max(now), touched, ..here };
         return;
     }
+    let after = if known.touched { after } else { after.min(UNTOUCHED) };
     if now.saturating_sub(known.since) < after || known.since > now {
         return;
     }
@@ -312,7 +319,7 @@ pub(crate) fn told(
     let todo = {
         let parking = &node.links.parking;
         let (now, mut tables) = (parking.now(), parking.tables.lock());
-        bring_up_to_date(parking, &mut tables, now);
+        bring_up_to_date(parking, &mut tables);
         tables.follows.told(now, leader, &told)
     };
     wake(&node, todo.wake);

@@ -228,7 +228,7 @@ fn reset_backoff(known: &OnceLock<Weak<Node>>, peer: BrokerId) {
     let Some(node) = known.get().and_then(Weak::upgrade) else { return };
     let asked = node.clone();
     asked.spawn(async move {
-        node.links.parking.connected(&node, peer);
+        node.links.parking.connected(peer);
         for hosted in node.all_hosted().iter().filter(|hosted| hosted.leadership().leads) {
             let replicas: Vec<_> = hosted.raft.voter_ids().chain(hosted.raft.learner_ids()).collect();
             let back = replicas.into_iter().filter(|replica| replica.broker == peer);

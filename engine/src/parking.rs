@@ -69,6 +69,9 @@ pub struct Confirmed {
 pub const PARKS_AT_ONCE: usize = 1_024;
 /// Shards that one leader may keep parked in one process: more than a cluster can have.
 const PARKED_MOST: usize = 65_536;
+/// Shards that wake at once because somebody is silent or new: thousands that tick and ask for votes at the same moment
+/// would keep whoever was slow from coming back. A shard that stays parked longer than it is led loses nothing but time.
+const WAKES_AT_ONCE: usize = 256;
 /// Messages to one peer that may be without an answer and still be counted.
 const ROUNDS_REMEMBERED: usize = 16;
 
@@ -88,6 +91,8 @@ pub struct Leads {
     shards: BTreeMap<ShardId, Kept>,
     /// Not confirmed by all yet.
     pending: BTreeSet<ShardId>,
+    /// Those whose peer may have missed something: they wake soon.
+    doubtful: BTreeSet<ShardId>,
     peers: BTreeMap<BrokerId, List>,
 }
 
@@ -157,8 +162,9 @@ impl List {
 impl Leads {
     /// Nothing is parked yet. `first_list` must differ from what an earlier process of this broker used.
     pub fn new(rules: Rules, first_list: u64) -> Self {
-        let (shards, pending, peers) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
-        Self { rules, next_list: first_list, shards, pending, peers }
+        let (shards, peers) = (BTreeMap::new(), BTreeMap::new());
+        let (pending, doubtful) = (BTreeSet::new(), BTreeSet::new());
+        Self { rules, next_list: first_list, shards, pending, doubtful, peers }
     }
 
     fn list(&mut self, peer: BrokerId) -> &mut List {
@@ -195,6 +201,7 @@ impl Leads {
     /// The shard ticks again, here and soon there.
     pub fn wake(&mut self, shard: ShardId) {
         self.pending.remove(&shard);
+        self.doubtful.remove(&shard);
         let Some(kept) = self.shards.remove(&shard) else { return };
         for peer in kept.others {
             if let Some(list) = self.peers.get_mut(&peer) {
@@ -215,7 +222,8 @@ impl Leads {
             return Vec::new();
         };
         if !answer.agreed {
-            return self.forget(peer);
+            self.forget(peer);
+            return Vec::new();
         }
         let Some(&(round, at)) = list.sent.iter().find(|(round, _)| *round == answer.round) else {
             return Vec::new();
@@ -235,14 +243,11 @@ impl Leads {
         withdrawn
     }
 
-    /// A peer may have missed something: it is told a new list. Returns the shards that must wake.
-    #[must_use]
-    pub fn forget(&mut self, peer: BrokerId) -> Vec<ShardId> {
+    /// A peer may have missed something: it is told a new list, which begins empty, and what it shares wakes soon.
+    pub fn forget(&mut self, peer: BrokerId) {
         self.peers.remove(&peer);
         let with_peer = |(shard, kept): (&ShardId, &Kept)| kept.others.contains(&peer).then_some(*shard);
-        let woken: Vec<ShardId> = self.shards.iter().filter_map(with_peer).collect();
-        woken.iter().for_each(|&shard| self.wake(shard));
-        woken
+        self.doubtful.extend(self.shards.iter().filter_map(with_peer));
     }
 
     /// For how long this process leads the shard yet, as far as confirmations say.
@@ -258,13 +263,15 @@ impl Leads {
         since.map_or(Duration::ZERO, |since| self.rules.lease.saturating_sub(since))
     }
 
-    /// Shards that must wake, since a peer did not park them in time or a quorum has been silent. They wake here.
+    /// The next shards that must wake, since a peer did not park them in time or is new, or a quorum has been silent. They
+    /// wake here.
     #[must_use]
     pub fn lapsed(&mut self, now: Duration) -> Vec<ShardId> {
         let late = |shard: &&ShardId| {
             self.shards.get(shard).is_none_or(|kept| now.saturating_sub(kept.since) > self.rules.answer)
         };
-        let mut woken: Vec<ShardId> = self.pending.iter().filter(late).copied().collect();
+        let mut woken: Vec<ShardId> = self.doubtful.iter().take(WAKES_AT_ONCE).copied().collect();
+        woken.extend(self.pending.iter().filter(late).take(WAKES_AT_ONCE));
         let silent = |list: &List| {
             let heard = |(_, at): (u64, Duration)| now.saturating_sub(at) <= self.rules.silence;
             !list.shards.is_empty() && !list.confirmed.is_some_and(heard)
@@ -272,7 +279,7 @@ impl Leads {
         if self.peers.values().any(silent) {
             let least = self.rules.lease.saturating_sub(self.rules.silence);
             let lapsed = |shard: &&ShardId| !self.pending.contains(shard) && self.lease_left(now, **shard) < least;
-            woken.extend(self.shards.keys().filter(lapsed).copied());
+            woken.extend(self.shards.keys().filter(lapsed).take(WAKES_AT_ONCE));
         }
         woken.iter().for_each(|&shard| self.wake(shard));
         woken
@@ -333,12 +340,12 @@ impl Follows {
     pub fn told(&mut self, now: Duration, leader: BrokerId, told: &Told) -> Todo {
         let mut todo = Todo::default();
         if self.lists.get(&leader).is_some_and(|list| list.number != told.list) {
-            todo.wake = self.drop_list(now, leader);
+            todo.wake = self.drop_list(leader);
         }
         let list = self.lists.entry(leader).or_default();
         if told.round != list.round + 1 {
             // Something was lost, or comes late: what it takes out may have been added again since.
-            todo.wake.extend(self.drop_list(now, leader));
+            todo.wake.extend(self.drop_list(leader));
             return todo;
         }
         (list.number, list.round, list.heard) = (told.list, told.round, now);
@@ -360,7 +367,7 @@ impl Follows {
         }
         if list.digest != told.digest || list.shards.len() > PARKED_MOST {
             todo.park.clear();
-            todo.wake.extend(self.drop_list(now, leader));
+            todo.wake.extend(self.drop_list(leader));
         }
         todo
     }
@@ -390,14 +397,13 @@ impl Follows {
     }
 
     /// The replica ticks again, for whatever reason.
-    pub fn woken(&mut self, now: Duration, shard: ShardId) {
-        let until = now + self.rules.lease;
-        for list in self.lists.values_mut() {
-            let Some((_, state)) = list.shards.get_mut(&shard) else { continue };
-            if *state != State::Withdrawn {
+    pub fn woken(&mut self, shard: ShardId) {
+        let Self { rules, lists, gates } = self;
+        for list in lists.values_mut() {
+            let until = list.kept_until(rules);
+            if let Some((_, state)) = list.shards.get_mut(&shard).filter(|(_, state)| *state != State::Withdrawn) {
                 *state = State::Withdrawn;
-                let gate = self.gates.entry(shard).or_insert(until);
-                *gate = (*gate).max(until);
+                close(gates, shard, until);
             }
         }
     }
@@ -406,40 +412,49 @@ impl Follows {
     /// tick again: it may have to give one later.
     #[must_use]
     pub fn refuses(&mut self, now: Duration, shard: ShardId) -> bool {
-        self.woken(now, shard);
+        self.woken(shard);
         self.gates.get(&shard).is_some_and(|until| now < *until)
     }
 
-    /// Shards that must tick again because their leader has been silent; and forgets what is over.
+    /// The next shards that must tick again because their leader has been silent; and forgets what is over.
     #[must_use]
     pub fn silent(&mut self, now: Duration) -> Vec<ShardId> {
         let mut woken = Vec::new();
-        for list in self.lists.values_mut().filter(|list| now.saturating_sub(list.heard) > self.rules.silence) {
-            for (shard, (_, state)) in list.shards.iter_mut().filter(|(_, (_, state))| *state != State::Withdrawn) {
+        let Self { rules, lists, gates } = self;
+        for list in lists.values_mut().filter(|list| now.saturating_sub(list.heard) > rules.silence) {
+            let until = list.kept_until(rules);
+            let parked = list.shards.iter_mut().filter(|(_, (_, state))| *state != State::Withdrawn);
+            for (shard, (_, state)) in parked.take(WAKES_AT_ONCE) {
                 *state = State::Withdrawn;
-                // Nothing was confirmed since.
-                let until = list.heard + self.rules.lease;
-                let gate = self.gates.entry(*shard).or_insert(until);
-                *gate = (*gate).max(until);
+                close(gates, *shard, until);
                 woken.push(*shard);
             }
         }
-        self.gates.retain(|_, until| now < *until);
+        gates.retain(|_, until| now < *until);
         woken
     }
 
     /// Forgets a leader's list. What was parked must tick again.
-    fn drop_list(&mut self, now: Duration, leader: BrokerId) -> Vec<ShardId> {
-        let shards = self.lists.remove(&leader).into_iter().flat_map(|list| list.shards);
-        let parked: Vec<ShardId> =
-            shards.filter(|(_, (_, state))| *state != State::Withdrawn).map(|(shard, _)| shard).collect();
-        for shard in &parked {
-            let until = now + self.rules.lease;
-            let gate = self.gates.entry(*shard).or_insert(until);
-            *gate = (*gate).max(until);
-        }
+    fn drop_list(&mut self, leader: BrokerId) -> Vec<ShardId> {
+        let Some(list) = self.lists.remove(&leader) else { return Vec::new() };
+        let until = list.kept_until(&self.rules);
+        let parked = list.shards.into_iter().filter(|(_, (_, state))| *state != State::Withdrawn);
+        let parked: Vec<ShardId> = parked.map(|(shard, _)| shard).collect();
+        parked.iter().for_each(|&shard| close(&mut self.gates, shard, until));
         parked
     }
+}
+
+impl Followed {
+    /// Nothing is confirmed after a message but that message.
+    fn kept_until(&self, rules: &Rules) -> Duration {
+        self.heard + rules.lease
+    }
+}
+
+fn close(gates: &mut BTreeMap<ShardId, Duration>, shard: ShardId, until: Duration) {
+    let gate = gates.entry(shard).or_insert(until);
+    *gate = (*gate).max(until);
 }
 
 #[cfg(test)]

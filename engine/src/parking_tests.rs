@@ -152,16 +152,13 @@ proptest! {
                     let now = world.now;
                     let _ = world.follower(PEERS[peer]).refuses(now, ShardId(shard));
                 }
-                Op::Append(peer, shard) => {
-                    let now = world.now;
-                    world.follower(PEERS[peer]).woken(now, ShardId(shard));
-                }
+                Op::Append(peer, shard) => world.follower(PEERS[peer]).woken(ShardId(shard)),
                 Op::Pulse => world.pulse(),
                 Op::Deliver(at) => world.deliver(at),
                 Op::Lose(at) => if !world.way.is_empty() {
                     world.way.remove(at % world.way.len());
                 },
-                Op::Connect(peer) => drop(world.leads.forget(PEERS[peer])),
+                Op::Connect(peer) => world.leads.forget(PEERS[peer]),
                 Op::Restart(peer) => {
                     // A process that begins helps nobody to a leadership for a lease (`FIRST_LEASE`).
                     let mut begun = Follows::new(RULES);
@@ -177,7 +174,7 @@ proptest! {
         // Whatever happened, both sides come to agree, and what stays parked is confirmed.
         world.fits = true;
         world.way.clear();
-        PEERS.iter().for_each(|&peer| drop(world.leads.forget(peer)));
+        PEERS.iter().for_each(|&peer| world.leads.forget(peer));
         world.calm(10);
         (0..SHARDS).for_each(|shard| world.leads.park(world.now, park(shard, term + 1), PEERS.to_vec(), 3));
         world.calm(20);
@@ -208,7 +205,8 @@ fn a_parked_shard_is_led_as_long_as_one_of_two_confirms() {
     assert!(world.leads.lapsed(world.now).is_empty());
     assert_eq!(world.follower(PEERS[1]).parked(), 0, "it has not heard of its leader");
     // And when it is back it is told anew.
-    assert_eq!(world.leads.forget(PEERS[1]), [ShardId(0)]);
+    world.leads.forget(PEERS[1]);
+    assert_eq!(world.leads.lapsed(world.now), [ShardId(0)]);
     assert!(world.leads.is_empty());
 }
 
@@ -217,10 +215,10 @@ fn a_vote_is_refused_for_one_lease_and_wakes_everybody() {
     let mut world = World::new();
     world.leads.park(world.now, park(0, 1), PEERS.to_vec(), 3);
     world.calm(2);
-    let now = world.now;
+    let (now, told) = (world.now, world.now - ms(150));
     assert!(world.follower(PEERS[0]).refuses(now, ShardId(0)));
-    assert!(world.follower(PEERS[0]).refuses(now + ms(999), ShardId(0)));
-    assert!(!world.follower(PEERS[0]).refuses(now + ms(1_000), ShardId(0)));
+    assert!(world.follower(PEERS[0]).refuses(told + ms(999), ShardId(0)));
+    assert!(!world.follower(PEERS[0]).refuses(told + ms(1_000), ShardId(0)));
     assert!(!world.follower(PEERS[0]).refuses(now, ShardId(1)), "a shard that is not parked is Raft's own affair");
     world.calm(1);
     assert!(world.leads.is_empty(), "the leader was told");
@@ -228,6 +226,24 @@ fn a_vote_is_refused_for_one_lease_and_wakes_everybody() {
     assert_eq!(world.follower(PEERS[1]).parked(), 0, "and told the other");
     let now = world.now;
     assert!(!world.follower(PEERS[1]).refuses(now, ShardId(0)), "its leader has given it up");
+}
+
+#[test]
+fn thousands_of_shards_do_not_wake_at_once() {
+    let mut world = World::new();
+    let shards = 3 * WAKES_AT_ONCE as u32;
+    (0..shards).for_each(|shard| world.leads.park(world.now, park(shard, 1), PEERS.to_vec(), 3));
+    world.calm(3);
+    assert_eq!(world.follower(PEERS[0]).parked(), shards as usize);
+    let later = world.now + RULES.silence + ms(1);
+    for left in [2, 1, 0, 0] {
+        let woken = (world.leads.lapsed(later).len(), world.follower(PEERS[0]).silent(later).len());
+        assert!(woken.0 <= WAKES_AT_ONCE && woken.1 <= WAKES_AT_ONCE);
+        assert_eq!(world.leads.len(), left * WAKES_AT_ONCE);
+        assert_eq!(world.follower(PEERS[0]).parked(), left * WAKES_AT_ONCE);
+    }
+    // Parked and not led: whoever wants to vote is let as soon as the lease is over.
+    assert!(!world.follower(PEERS[1]).refuses(later + RULES.lease, ShardId(0)));
 }
 
 #[test]
