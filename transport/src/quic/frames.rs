@@ -121,6 +121,9 @@ impl FrameReader {
                     // An idle connection holds no buffer.
                     self.buffer = BytesMut::new();
                 }
+                if let Receive::Wire(receive) = &self.receive {
+                    receive.set_busy(!self.buffer.is_empty());
+                }
                 return Ok(Some(frame));
             }
             if self.ended {

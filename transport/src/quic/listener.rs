@@ -164,7 +164,6 @@ impl Wire {
 pub struct QuicIncoming(Knock);
 
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "the large one is the one of production")]
 enum Knock {
     Wire(Unproven),
     Memory(memory::Incoming),

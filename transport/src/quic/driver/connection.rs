@@ -3,11 +3,11 @@
 
 use std::{
     cell::Cell,
-    fmt,
+    fmt, mem,
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Instant,
 };
@@ -43,6 +43,8 @@ pub(super) struct Core {
     /// Owners: connections and halves of streams. Without any, it closes.
     owners: AtomicUsize,
     state: Mutex<State>,
+    /// Its reader has more frames at hand, whose answers may come soon.
+    busy: AtomicBool,
     /// Tells of its handshake, of streams that may be accepted or opened, of its end.
     changed: Notify,
 }
@@ -57,9 +59,13 @@ pub(super) struct State {
     drained: bool,
     /// It is in the endpoint's queue.
     queued: bool,
+    /// Something was written that was not sent yet.
+    pub(super) late: bool,
     /// When the endpoint's timers look at it: on their fine level and on their coarse one.
     near: Tick,
     far: Tick,
+    /// What they look for.
+    deadline: Option<Instant>,
     /// Packets that the socket did not take.
     held: Option<Box<(Transmit, Box<[u8]>)>>,
 }
@@ -76,7 +82,7 @@ enum Rest {
 
 impl Core {
     /// With one owner.
-    pub(super) fn new(endpoint: Arc<Shared>, handle: ConnectionHandle, proto: quinn_proto::Connection) -> Connection {
+    pub(super) fn begin(endpoint: Arc<Shared>, handle: ConnectionHandle, proto: quinn_proto::Connection) -> Connection {
         let state = State {
             proto,
             waiting: Waiting::default(),
@@ -84,12 +90,14 @@ impl Core {
             connected: false,
             drained: false,
             queued: false,
+            late: false,
             near: NEVER,
             far: NEVER,
+            deadline: None,
             held: None,
         };
-        let (owners, changed) = (AtomicUsize::new(1), Notify::new());
-        Connection(Arc::new(Self { endpoint, handle, owners, state: Mutex::new(state), changed }))
+        let (owners, busy, changed) = (AtomicUsize::new(1), AtomicBool::new(false), Notify::new());
+        Connection(Arc::new(Self { endpoint, handle, owners, state: Mutex::new(state), busy, changed }))
     }
 
     /// Looks at it or registers a waiter, without driving it.
@@ -114,6 +122,28 @@ impl Core {
         result
     }
 
+    /// Whether what is written now may wait for more of the same.
+    pub(super) fn set_busy(&self, busy: bool) {
+        self.busy.store(busy, Ordering::Relaxed);
+    }
+
+    /// Like [`Self::act_if`]. A busy connection is driven later: when its reader waits again, at the latest by the
+    /// endpoint's task. So answers to frames that came together go out together.
+    pub(super) fn write<R>(self: &Arc<Self>, attempt: impl FnOnce(&mut State) -> (bool, R)) -> R {
+        if !self.busy.load(Ordering::Relaxed) {
+            return self.act_if(attempt);
+        }
+        let mut state = self.state.lock();
+        let (done, result) = attempt(&mut state);
+        state.late |= done;
+        let wake = done && !mem::replace(&mut state.queued, true) && self.endpoint.queue(self.clone(), false);
+        drop(state);
+        if wake {
+            self.endpoint.wake();
+        }
+        result
+    }
+
     /// Takes in what has come for it.
     pub(super) fn receive(self: &Arc<Self>, events: impl Iterator<Item = ConnectionEvent>) {
         self.act(|state| events.for_each(|event| state.proto.handle_event(event)));
@@ -130,8 +160,13 @@ impl Core {
         // All entries up to now are gone.
         state.near = if state.near <= tick { NEVER } else { state.near };
         state.far = if state.far <= tick { NEVER } else { state.far };
-        if state.proto.poll_timeout().is_none_or(|deadline| deadline > now) {
-            return self.arm(&mut state);
+        if state.deadline.is_none_or(|deadline| deadline > now) {
+            let wake = self.arm(&mut state);
+            drop(state);
+            if wake {
+                self.endpoint.wake();
+            }
+            return;
         }
         state.proto.handle_timeout(now);
         let woken = self.drive(&mut state);
@@ -164,21 +199,25 @@ impl Core {
         if woken.everybody {
             self.changed.notify_waiters();
         }
+        if woken.task {
+            self.endpoint.wake();
+        }
         woken.wake();
     }
 
     fn drive(self: &Arc<Self>, state: &mut State) -> Woken {
+        state.late = false;
         self.exchange(state);
         let mut rest = self.transmit(state);
         if self.exchange(state) && rest == Rest::Nothing {
             rest = self.transmit(state);
         }
-        if rest != Rest::Nothing && !state.queued {
-            state.queued = true;
-            self.endpoint.queue(self.clone(), rest == Rest::Blocked);
+        let mut woken = Self::events(state);
+        if rest != Rest::Nothing && !mem::replace(&mut state.queued, true) {
+            woken.task |= self.endpoint.queue(self.clone(), rest == Rest::Blocked);
         }
-        let woken = Self::events(state);
-        self.arm(state);
+        state.deadline = state.proto.poll_timeout();
+        woken.task |= self.arm(state);
         woken
     }
 
@@ -258,15 +297,21 @@ impl Core {
         woken
     }
 
-    fn arm(&self, state: &mut State) {
-        let Some(deadline) = state.proto.poll_timeout() else { return };
+    /// True if the endpoint's task is to be woken.
+    fn arm(&self, state: &mut State) -> bool {
+        let Some(deadline) = state.deadline else { return false };
         let tick = Timers::tick(self.endpoint.began, deadline);
         if state.near.min(state.far) <= tick {
-            return;
+            return false;
         }
         // Entries of the coarse level are earlier than the deadline, so that one of them is enough.
-        let at = self.endpoint.arm(self.handle, tick);
-        if at < tick { state.far = at } else { state.near = at }
+        let (at, wake) = self.endpoint.arm(self.handle, tick);
+        if at < tick {
+            state.far = at
+        } else {
+            state.near = at
+        }
+        wake
     }
 }
 

@@ -3,10 +3,10 @@
 
 use std::{
     collections::VecDeque,
-    fmt,
+    fmt, mem,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::Waker,
@@ -34,6 +34,8 @@ pub(super) struct Shared {
     pub(super) began: Instant,
     pub(super) routing: Mutex<Routing>,
     pub(super) work: Mutex<Work>,
+    /// The task's, from its first turn on.
+    pub(super) waker: OnceLock<Waker>,
     /// Tells of callers and of the end of accepting.
     pub(super) knocks: Notify,
     /// Tells that no connection is left.
@@ -61,7 +63,6 @@ pub(super) struct Work {
     pub(super) ready: Vec<Arc<Core>>,
     /// Connections that the socket would not take a packet of.
     pub(super) blocked: Vec<Arc<Core>>,
-    pub(super) waker: Option<Waker>,
     /// The task runs or was woken: it looks at all of this again before it sleeps.
     pub(super) awake: bool,
     /// Until when it sleeps if nothing comes.
@@ -69,13 +70,10 @@ pub(super) struct Work {
 }
 
 impl Work {
-    fn wake(&mut self) {
-        if !self.awake {
-            self.awake = true;
-            if let Some(waker) = &self.waker {
-                waker.wake_by_ref();
-            }
-        }
+    /// True if the task is to be woken, once no lock is held.
+    #[must_use]
+    fn rouse(&mut self) -> bool {
+        !mem::replace(&mut self.awake, true)
     }
 }
 
@@ -127,27 +125,39 @@ impl Shared {
         if empty {
             self.idle.notify_waiters();
             if self.is_orphaned() {
-                self.work.lock().wake();
+                self.rouse();
             }
         }
         None
     }
 
-    /// Gives a connection another turn, after everybody else's or once the socket takes packets again.
-    pub(super) fn queue(&self, core: Arc<Core>, blocked: bool) {
-        let mut work = self.work.lock();
-        if blocked { &mut work.blocked } else { &mut work.ready }.push(core);
-        work.wake();
+    /// Wakes the task for something that no lock tells of.
+    fn rouse(&self) {
+        if self.work.lock().rouse() {
+            self.wake();
+        }
     }
 
-    /// Has a connection looked at no later than at `tick`; tells when.
-    pub(super) fn arm(&self, handle: ConnectionHandle, tick: Tick) -> Tick {
+    /// Wakes the task, which [`Self::queue`] or [`Self::arm`] asked for.
+    pub(super) fn wake(&self) {
+        if let Some(waker) = self.waker.get() {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// Gives a connection another turn, after everybody else's or once the socket takes packets again. True if
+    /// [`Self::wake`] is to be called.
+    pub(super) fn queue(&self, core: Arc<Core>, blocked: bool) -> bool {
+        let mut work = self.work.lock();
+        if blocked { &mut work.blocked } else { &mut work.ready }.push(core);
+        work.rouse()
+    }
+
+    /// Has a connection looked at no later than at `tick`; tells when, and whether [`Self::wake`] is to be called.
+    pub(super) fn arm(&self, handle: ConnectionHandle, tick: Tick) -> (Tick, bool) {
         let mut work = self.work.lock();
         let at = work.timers.add(handle.0 as u32, tick);
-        if at < work.sleeps_until {
-            work.wake();
-        }
-        at
+        (at, at < work.sleeps_until && work.rouse())
     }
 
     /// Sends what needs no connection, or drops it when the socket is full: who it is for will ask again.
@@ -161,13 +171,13 @@ impl Shared {
     pub(super) fn lose(&self) {
         self.lost.store(true, Ordering::Release);
         let mut routing = self.routing.lock();
-        let connections = std::mem::take(&mut routing.connections);
+        let connections = mem::take(&mut routing.connections);
         routing.count = 0;
         let incoming: Vec<_> = routing.incoming.drain(..).collect();
         incoming.into_iter().for_each(|incoming| routing.proto.ignore(incoming));
         drop(routing);
         let mut work = self.work.lock();
-        let queued = (std::mem::take(&mut work.ready), std::mem::take(&mut work.blocked));
+        let queued = (mem::take(&mut work.ready), mem::take(&mut work.blocked));
         drop(work);
         drop(queued);
         connections.iter().flatten().for_each(|core| core.end(Some(abandoned())));
@@ -190,7 +200,6 @@ impl Endpoint {
             timers: Timers::new(began),
             ready: Vec::new(),
             blocked: Vec::new(),
-            waker: None,
             awake: false,
             sleeps_until: NEVER,
         };
@@ -199,6 +208,7 @@ impl Endpoint {
             began,
             routing: Mutex::new(routing),
             work: Mutex::new(work),
+            waker: OnceLock::new(),
             knocks: Notify::new(),
             idle: Notify::new(),
             lost: AtomicBool::new(false),
@@ -223,7 +233,7 @@ impl Endpoint {
             return Err(ConnectError::EndpointStopping);
         }
         let (handle, proto) = routing.proto.connect(Instant::now(), config, addr, name)?;
-        let connection = Core::new(self.0.clone(), handle, proto);
+        let connection = Core::begin(self.0.clone(), handle, proto);
         routing.insert(handle, &connection.0);
         drop(routing);
         connection.0.act(|_| ());
@@ -242,7 +252,7 @@ impl Endpoint {
                 }
                 if let Some(proto) = routing.incoming.pop_front() {
                     let (from, proven) = (proto.remote_address(), proto.remote_address_validated());
-                    return Some(Incoming { from, proven, proto: Some(proto), endpoint: self.0.clone() });
+                    return Some(Incoming { from, proven, proto: Some(proto.into()), endpoint: self.0.clone() });
                 }
                 if routing.is_closed() {
                     return None;
@@ -289,7 +299,7 @@ impl Clone for Endpoint {
 impl Drop for Endpoint {
     fn drop(&mut self) {
         if self.0.owners.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.work.lock().wake();
+            self.0.rouse();
         }
     }
 }
@@ -304,7 +314,8 @@ impl fmt::Debug for Endpoint {
 pub(in crate::quic) struct Incoming {
     from: SocketAddr,
     proven: bool,
-    proto: Option<quinn_proto::Incoming>,
+    /// Boxed: it would be most of the memory of the task that holds it, to the end of the session.
+    proto: Option<Box<quinn_proto::Incoming>>,
     endpoint: Arc<Shared>,
 }
 
@@ -323,9 +334,9 @@ impl Incoming {
         let Some(incoming) = self.proto.take() else { return Err(abandoned()) };
         let mut response = Vec::new();
         let mut routing = self.endpoint.routing.lock();
-        match routing.proto.accept(incoming, Instant::now(), &mut response, None) {
+        match routing.proto.accept(*incoming, Instant::now(), &mut response, None) {
             Ok((handle, proto)) => {
-                let connection = Core::new(self.endpoint.clone(), handle, proto);
+                let connection = Core::begin(self.endpoint.clone(), handle, proto);
                 routing.insert(handle, &connection.0);
                 let closed = routing.closed.clone();
                 drop(routing);
@@ -349,7 +360,7 @@ impl Incoming {
     pub(in crate::quic) fn refuse(mut self) {
         if let Some(incoming) = self.proto.take() {
             let mut response = Vec::new();
-            let transmit = self.endpoint.routing.lock().proto.refuse(incoming, &mut response);
+            let transmit = self.endpoint.routing.lock().proto.refuse(*incoming, &mut response);
             self.endpoint.respond(&transmit, &response);
         }
     }
@@ -358,11 +369,11 @@ impl Incoming {
     pub(in crate::quic) fn retry(mut self) {
         let Some(incoming) = self.proto.take() else { return };
         let mut response = Vec::new();
-        let retried = self.endpoint.routing.lock().proto.retry(incoming, &mut response);
+        let retried = self.endpoint.routing.lock().proto.retry(*incoming, &mut response);
         match retried {
             Ok(transmit) => self.endpoint.respond(&transmit, &response),
             // He has shown it before.
-            Err(error) => self.proto = Some(error.into_incoming()),
+            Err(error) => self.proto = Some(error.into_incoming().into()),
         }
     }
 }
@@ -370,7 +381,7 @@ impl Incoming {
 impl Drop for Incoming {
     fn drop(&mut self) {
         if let Some(incoming) = self.proto.take() {
-            self.endpoint.routing.lock().proto.ignore(incoming);
+            self.endpoint.routing.lock().proto.ignore(*incoming);
         }
     }
 }

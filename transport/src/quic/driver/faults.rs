@@ -29,7 +29,13 @@ pub(in crate::quic) struct Faults {
     plan: Plan,
     /// Every packet is refused while it is set.
     shut: Arc<AtomicBool>,
-    state: Mutex<(u64, Option<(Transmit, Vec<u8>)>)>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    packets: u64,
+    overtaken: Option<(Transmit, Vec<u8>)>,
 }
 
 impl Faults {
@@ -49,8 +55,8 @@ impl Faults {
             return Sent::Blocked;
         }
         let mut state = self.state.lock();
-        state.0 += 1;
-        let (count, plan) = (state.0, &self.plan);
+        state.packets += 1;
+        let (count, plan) = (state.packets, &self.plan);
         let now = |every: u64| every > 0 && count % every == 0;
         if now(plan.block_every) {
             return Sent::Blocked;
@@ -59,15 +65,15 @@ impl Faults {
             return Sent::Gone;
         }
         if now(plan.overtake_every) {
-            state.1 = Some((copy(transmit), bytes.to_vec()));
+            state.overtaken = Some((copy(transmit), bytes.to_vec()));
             return Sent::Gone;
         }
         let sent = send(transmit, bytes);
         if sent == Sent::Blocked {
-            state.0 -= 1;
+            state.packets -= 1;
             return sent;
         }
-        if let Some((transmit, bytes)) = state.1.take() {
+        if let Some((transmit, bytes)) = state.overtaken.take() {
             send(&transmit, &bytes);
         }
         sent

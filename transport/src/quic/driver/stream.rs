@@ -48,7 +48,7 @@ impl SendHalf {
 
     fn poll_write(&mut self, context: &Context<'_>, chunks: &mut [Bytes]) -> Poll<Result<usize, Unwritable>> {
         let stream = self.stream;
-        self.connection.0.act_if(|state| {
+        self.connection.0.write(|state| {
             if let Some(error) = &state.error {
                 return (false, Poll::Ready(Err(Unwritable::Lost(error.clone()))));
             }
@@ -121,9 +121,18 @@ impl ReceiveHalf {
         poll_fn(|context| self.poll_read(context, chunks)).await
     }
 
+    /// Whether frames are at hand whose answers may come soon: until there are none, what is written is not sent at once.
+    pub(in crate::quic) fn set_busy(&self, busy: bool) {
+        self.connection.0.set_busy(busy);
+    }
+
     fn poll_read(&mut self, context: &Context<'_>, chunks: &mut [Bytes]) -> Poll<Result<Option<usize>, Unreadable>> {
         let Self { connection, stream, ended } = self;
         connection.0.act_if(|state| {
+            if state.waiting.waits(Half::Receive, *stream, context.waker()) {
+                connection.0.set_busy(false);
+                return (state.late, Poll::Pending);
+            }
             let mut count = 0;
             // The other side may send more once enough was read.
             let mut transmit = false;
@@ -144,11 +153,12 @@ impl ReceiveHalf {
                 (Some(Err(code)), _) => Poll::Ready(Err(Unreadable::Reset(code.into_inner()))),
                 (None, Some(error)) => Poll::Ready(Err(Unreadable::Lost(error.clone()))),
                 (None, None) => {
+                    connection.0.set_busy(false);
                     state.waiting.wait(Half::Receive, *stream, context.waker());
                     Poll::Pending
                 }
             };
-            (transmit, result)
+            (transmit || (state.late && result.is_pending()), result)
         })
     }
 }
@@ -173,6 +183,7 @@ fn take(read: &mut quinn_proto::Chunks<'_>, chunks: &mut [Bytes], ended: &mut Op
 
 impl Drop for ReceiveHalf {
     fn drop(&mut self) {
+        self.set_busy(false);
         if self.ended.is_some() {
             return;
         }

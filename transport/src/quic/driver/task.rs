@@ -195,14 +195,9 @@ impl Future for Task {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
-        {
-            let mut work = this.shared.work.lock();
-            work.awake = true;
-            match &mut work.waker {
-                Some(waker) => waker.clone_from(context.waker()),
-                none => *none = Some(context.waker().clone()),
-            }
-        }
+        // A task's own is the same all its life.
+        this.shared.waker.get_or_init(|| context.waker().clone());
+        this.shared.work.lock().awake = true;
         let now = Instant::now();
         let more = this.receive(context, now);
         this.keep_time(now);

@@ -337,6 +337,57 @@ async fn reading_goes_on_after_the_other_side_finished_and_left() {
     assert!(matches!(soon(server.closed()).await, QuicError::ClosedByPeer { code: 9, .. }));
 }
 
+#[tokio::test]
+async fn an_answer_goes_out_although_its_writer_has_more_to_read_and_reads_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server_tls, client_tls) = keys(dir.path());
+    let listener = QuicListener::bind(ANY, &server_tls, QuicLimits::default()).unwrap();
+    let (server, client) = pair(&listener, &client_tls).await;
+    let (mut writer, mut reader) = client.open().await.unwrap();
+    writer.write(&mut (0..10).map(|_| frame(10, 1)).collect::<Vec<_>>()).await.unwrap();
+    let (mut back, mut from) = soon(server.accept_stream()).await.unwrap();
+    soon(from.next()).await.unwrap().unwrap();
+    back.write(&mut [frame(20, 2)]).await.unwrap();
+    assert_eq!(soon(reader.next()).await.unwrap().unwrap().1.len(), 20);
+    // Nor does it wait for one who will never read again.
+    soon(from.next()).await.unwrap().unwrap();
+    drop(from);
+    back.write(&mut [frame(30, 2)]).await.unwrap();
+    assert_eq!(soon(reader.next()).await.unwrap().unwrap().1.len(), 30);
+}
+
+#[tokio::test]
+async fn one_who_reads_nothing_delays_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server_tls, client_tls) = keys(dir.path());
+    let listener = QuicListener::bind(ANY, &server_tls, QuicLimits::default()).unwrap();
+    let (slow_server, slow) = pair(&listener, &client_tls).await;
+    let (mut writer, _unread) = slow.open().await.unwrap();
+    writer.write(&mut [frame(1, 1)]).await.unwrap();
+    let (mut flood, _from) = soon(slow_server.accept_stream()).await.unwrap();
+    // More than all windows: it never ends.
+    let flooding = tokio::spawn(async move { while flood.write(&mut [frame(60_000, 9)]).await.is_ok() {} });
+    let (server, client) = pair(&listener, &client_tls).await;
+    let answer = async {
+        let (mut back, mut from) = server.accept_stream().await.unwrap();
+        while let Ok(Some((_, message))) = from.next().await {
+            back.write(&mut [frame(message.len(), 1)]).await.unwrap();
+        }
+    };
+    let ask = async {
+        let (mut writer, mut reader) = client.open().await.unwrap();
+        for length in 0..100 {
+            writer.write(&mut [frame(length, 1)]).await.unwrap();
+            assert_eq!(reader.next().await.unwrap().unwrap().1.len(), length);
+        }
+        writer.finish().await;
+    };
+    soon(async { tokio::join!(answer, ask) }).await;
+    assert!(!flooding.is_finished());
+    slow.close(3, "enough");
+    soon(flooding).await.unwrap();
+}
+
 async fn drain(reader: &mut FrameReader) -> usize {
     let mut count = 0;
     while let Ok(Some(_)) = reader.next().await {

@@ -98,7 +98,7 @@ impl Timers {
         while self.past < now {
             let next = self.next().min(now);
             self.past = next;
-            if next % NEAR as u64 == 0
+            if next.is_multiple_of(NEAR as u64)
                 && let Some(entries) = self.far.get_mut((next / NEAR as u64) as usize % FAR)
             {
                 due.append(&mut mem::take(entries));

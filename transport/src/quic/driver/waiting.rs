@@ -35,6 +35,8 @@ pub(super) struct Woken {
     others: Vec<Waker>,
     /// Everybody who waits for the connection itself: its handshake, streams to accept or open, its end.
     pub(super) everybody: bool,
+    /// The endpoint's task.
+    pub(super) task: bool,
 }
 
 impl Waiting {
@@ -49,6 +51,15 @@ impl Waiting {
                 None => self.others.push(Waiter { half, stream, waker: waker.clone() }),
             },
         }
+    }
+
+    /// Whether this one waits already, so that nothing has happened since it looked.
+    pub(super) fn waits(&self, half: Half, stream: StreamId, waker: &Waker) -> bool {
+        let place = match half {
+            Half::Receive => &self.receiver,
+            Half::Send => &self.sender,
+        };
+        place.as_ref().is_some_and(|waiter| waiter.stream == stream && waiter.waker.will_wake(waker))
     }
 
     pub(super) fn forget(&mut self, half: Half, stream: StreamId) {
