@@ -4,7 +4,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     path::Path,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -12,7 +12,7 @@ use quinn_proto::{EndpointConfig, TransportConfig, VarInt};
 use tokio::time::timeout;
 
 use super::{
-    Endpoint, Socket,
+    Connection, Endpoint, Socket,
     faults::{Faults, Plan},
 };
 use crate::{
@@ -337,26 +337,40 @@ async fn reading_goes_on_after_the_other_side_finished_and_left() {
     assert!(matches!(soon(server.closed()).await, QuicError::ClosedByPeer { code: 9, .. }));
 }
 
+/// Waits until the protocol has nothing more to do by itself than to notice a long silence.
+async fn quiet(connection: &Connection) {
+    let far = |deadline: Option<Instant>| deadline.is_none_or(|at| at > Instant::now() + Duration::from_secs(5));
+    while !connection.0.look(|state| far(state.proto.poll_timeout())) {
+        tokio::task::yield_now().await;
+    }
+}
+
 #[tokio::test]
-async fn an_answer_goes_out_although_its_writer_has_more_to_read_and_reads_no_more() {
+async fn what_a_busy_connection_writes_goes_out_although_its_reader_never_waits() {
     let dir = tempfile::tempdir().unwrap();
     let (server_tls, client_tls) = keys(dir.path());
-    let listener = QuicListener::bind(ANY, &server_tls, QuicLimits::default()).unwrap();
-    let (server, client) = pair(&listener, &client_tls).await;
-    let (mut writer, mut reader) = client.open().await.unwrap();
-    writer.write(&mut (0..10).map(|_| frame(10, 1)).collect::<Vec<_>>()).await.unwrap();
-    let (mut back, mut from) = soon(server.accept_stream()).await.unwrap();
-    // Everything is acknowledged, so that no timer of the protocol sends anything before the next keep-alive.
-    soon(writer.finish()).await;
-    soon(from.next()).await.unwrap().unwrap();
-    back.write(&mut [frame(20, 2)]).await.unwrap();
-    let answer = timeout(Duration::from_secs(5), reader.next()).await.expect("before a keep-alive");
-    assert_eq!(answer.unwrap().unwrap().1.len(), 20);
-    // Nor does it wait for one who will never read again.
-    soon(from.next()).await.unwrap().unwrap();
-    drop(from);
-    back.write(&mut [frame(30, 2)]).await.unwrap();
-    assert_eq!(soon(reader.next()).await.unwrap().unwrap().1.len(), 30);
+    let (config, server) = server_config(&server_tls, &QuicLimits::default()).unwrap();
+    let (socket, addr) = socket();
+    let listener = Endpoint::new(config, Some(server), socket);
+    let from = caller(Faults::default());
+    let client = from.connect(client_config(&client_tls).unwrap(), addr, SERVER_NAME).unwrap();
+    let server = soon(listener.accept()).await.unwrap().accept().unwrap();
+    soon(async { tokio::join!(server.connected(), client.connected()) }).await.0.unwrap();
+    let (mut writer, mut reader) = soon(client.open()).await.unwrap();
+    soon(writer.write(&mut [Bytes::from_static(b"ask")])).await.unwrap();
+    let (mut back, ask) = soon(server.accept()).await.unwrap();
+    soon(async { tokio::join!(quiet(&server), quiet(&client)) }).await;
+    ask.set_busy(true);
+    back.write(&mut [Bytes::from_static(b"answer")]).await.unwrap();
+    let mut chunks = [Bytes::new()];
+    let read = timeout(Duration::from_secs(4), reader.read(&mut chunks)).await.expect("before a keep-alive");
+    assert_eq!((read.unwrap(), &chunks[0][..]), (Some(1), &b"answer"[..]));
+    // Whose reader is gone is not busy.
+    drop(ask);
+    soon(async { tokio::join!(quiet(&server), quiet(&client)) }).await;
+    back.write(&mut [Bytes::from_static(b"more")]).await.unwrap();
+    assert!(!server.0.look(|state| state.late));
+    assert!(soon(reader.read(&mut chunks)).await.is_ok());
 }
 
 #[tokio::test]
