@@ -19,6 +19,7 @@ use crate::{
     pki::Pki,
     quic::{
         FrameReader, QuicConnection, QuicError, QuicLimits, QuicListener, WriteError, client::client_config, connect,
+        server_config,
     },
     tls::{ClientTls, SERVER_NAME, ServerTls},
 };
