@@ -10,13 +10,15 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use quinn::{
-    ClientConfig, ConnectError, Endpoint, EndpointConfig, IdleTimeout, TransportConfig, VarInt,
-    crypto::rustls::QuicClientConfig,
+use quinn_proto::{
+    ClientConfig, ConnectError, EndpointConfig, IdleTimeout, TransportConfig, VarInt, crypto::rustls::QuicClientConfig,
 };
 use tokio::runtime;
 
-use super::{IDLE_TIMEOUT_MS, QuicConnection, QuicError};
+use super::{
+    IDLE_TIMEOUT_MS, QuicConnection, QuicError,
+    driver::{Endpoint, Socket},
+};
 use crate::{
     bind,
     tls::{ClientTls, SERVER_NAME},
@@ -33,17 +35,23 @@ const SEND_BYTES: u64 = 1024 * 1024;
 
 /// Connects to the gateway at `addr` and finishes the handshake, within 5 s.
 pub async fn connect(addr: SocketAddr, tls: &ClientTls) -> Result<QuicConnection, QuicError> {
+    let config = client_config(tls)?;
+    let connection = match endpoint(addr, false)?.connect(config.clone(), addr, SERVER_NAME) {
+        Err(ConnectError::EndpointStopping) => endpoint(addr, true)?.connect(config, addr, SERVER_NAME),
+        connection => connection,
+    }?;
+    match tokio::time::timeout(CONNECT_TIMEOUT, connection.connected()).await {
+        Ok(connected) => connected?,
+        Err(_) => return Err(QuicError::TimedOut),
+    }
+    Ok(QuicConnection::new(connection))
+}
+
+pub(super) fn client_config(tls: &ClientTls) -> Result<ClientConfig, QuicError> {
     let crypto = QuicClientConfig::try_from(tls.quic.clone()).map_err(|e| QuicError::Tls(e.to_string()))?;
     let mut config = ClientConfig::new(Arc::new(crypto));
     config.transport_config(Arc::new(transport()));
-    let connecting = match endpoint(addr, false)?.connect_with(config.clone(), addr, SERVER_NAME) {
-        Err(ConnectError::EndpointStopping) => endpoint(addr, true)?.connect_with(config, addr, SERVER_NAME),
-        connecting => connecting,
-    };
-    match tokio::time::timeout(CONNECT_TIMEOUT, connecting?).await {
-        Ok(connection) => Ok(QuicConnection::new(connection?)),
-        Err(_) => Err(QuicError::TimedOut),
-    }
+    Ok(config)
 }
 
 fn transport() -> TransportConfig {
@@ -81,8 +89,8 @@ fn endpoint(addr: SocketAddr, replace: bool) -> Result<Endpoint, QuicError> {
     }
     let any = if addr.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
     let socket = bind::udp(SocketAddr::new(any, 0)).map_err(|e| QuicError::Socket(io::Error::other(e)))?;
-    let runtime = quinn::default_runtime().ok_or_else(|| QuicError::Socket(io::Error::other("not in a runtime")))?;
-    let endpoint = Endpoint::new(EndpointConfig::default(), None, socket, runtime).map_err(QuicError::Socket)?;
+    let socket = Socket::new(socket).map_err(QuicError::Socket)?;
+    let endpoint = Endpoint::new(EndpointConfig::default(), None, socket);
     if endpoints.len() >= MAX_ENDPOINTS {
         endpoints.pop_front();
     }

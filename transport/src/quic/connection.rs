@@ -2,10 +2,10 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use quinn::{ConnectError, ConnectionError, VarInt};
+use quinn_proto::{ConnectError, ConnectionError, TransportErrorCode};
 use thiserror::Error;
 
-use super::{FrameReader, FrameWriter, frames, listener::canonical};
+use super::{FrameReader, FrameWriter, driver, frames, listener::canonical};
 use crate::memory::{self, Gone};
 
 /// Why a connection failed or ended. Nothing can be said about bytes that were written before and not answered.
@@ -48,8 +48,8 @@ pub enum QuicError {
 impl From<ConnectionError> for QuicError {
     fn from(error: ConnectionError) -> Self {
         /// RFC 9000, CONNECTION_REFUSED.
-        const REFUSED: quinn::TransportErrorCode = quinn::TransportErrorCode::CONNECTION_REFUSED;
-        let tls = |code: quinn::TransportErrorCode| (0x100..0x200).contains(&u64::from(code));
+        const REFUSED: TransportErrorCode = TransportErrorCode::CONNECTION_REFUSED;
+        let tls = |code: TransportErrorCode| (0x100..0x200).contains(&u64::from(code));
         match error {
             ConnectionError::TimedOut => Self::TimedOut,
             ConnectionError::Reset => Self::Reset,
@@ -96,7 +96,7 @@ pub struct QuicConnection {
 
 #[derive(Debug, Clone)]
 enum Inner {
-    Quinn(quinn::Connection),
+    Wire(driver::Connection),
     Memory(Arc<memory::Side>),
 }
 
@@ -111,8 +111,8 @@ pub(crate) async fn simulated_connect(host: &memory::Host, addr: SocketAddr) -> 
 }
 
 impl QuicConnection {
-    pub(super) fn new(inner: quinn::Connection) -> Self {
-        Self { inner: Inner::Quinn(inner) }
+    pub(super) fn new(inner: driver::Connection) -> Self {
+        Self { inner: Inner::Wire(inner) }
     }
 
     pub(super) fn simulated(side: Arc<memory::Side>) -> Self {
@@ -122,7 +122,7 @@ impl QuicConnection {
     /// Opens a stream. The other side sees it with the first bytes that are written.
     pub async fn open(&self) -> Result<(FrameWriter, FrameReader), QuicError> {
         match &self.inner {
-            Inner::Quinn(connection) => Ok(frames::halves(connection.open_bi().await?)),
+            Inner::Wire(connection) => Ok(frames::halves(connection.open().await?)),
             Inner::Memory(side) => Ok(frames::simulated(side.open()?)),
         }
     }
@@ -130,7 +130,7 @@ impl QuicConnection {
     /// The next stream that the other side opened. Cancel-safe.
     pub async fn accept_stream(&self) -> Result<(FrameWriter, FrameReader), QuicError> {
         match &self.inner {
-            Inner::Quinn(connection) => Ok(frames::halves(connection.accept_bi().await?)),
+            Inner::Wire(connection) => Ok(frames::halves(connection.accept().await?)),
             Inner::Memory(side) => Ok(frames::simulated(side.accept().await?)),
         }
     }
@@ -138,7 +138,7 @@ impl QuicConnection {
     /// Where the other side is; changes when a device moves to another network.
     pub fn remote_address(&self) -> SocketAddr {
         match &self.inner {
-            Inner::Quinn(connection) => canonical(connection.remote_address()),
+            Inner::Wire(connection) => canonical(connection.remote_address()),
             Inner::Memory(side) => side.remote_address(),
         }
     }
@@ -146,7 +146,7 @@ impl QuicConnection {
     /// Closes it now: what was not acknowledged yet may be lost. After [`FrameWriter::finish`] nothing is.
     pub fn close(&self, code: u32, reason: &str) {
         match &self.inner {
-            Inner::Quinn(connection) => connection.close(VarInt::from_u32(code), reason.as_bytes()),
+            Inner::Wire(connection) => connection.close(code, reason),
             Inner::Memory(side) => side.close(code, reason),
         }
     }
@@ -154,7 +154,7 @@ impl QuicConnection {
     /// Waits for its end, however it comes.
     pub async fn closed(&self) -> QuicError {
         match &self.inner {
-            Inner::Quinn(connection) => connection.closed().await.into(),
+            Inner::Wire(connection) => connection.closed().await.into(),
             Inner::Memory(side) => side.closed().await.into(),
         }
     }

@@ -4,18 +4,20 @@
 use std::{collections::VecDeque, mem, time::Duration};
 
 use bytes::{BufMut, Bytes, BytesMut};
-use quinn::{RecvStream, SendStream};
 use stentor_proto::frame::{self, BadFrame};
 use thiserror::Error;
 
-use super::QuicError;
+use super::{
+    QuicError,
+    driver::{ReceiveHalf, SendHalf, Unreadable, Unwritable},
+};
 use crate::memory::{self, Stopped};
 
 /// Packets of about 1.4 kB come as a chunk each; taking several at once costs one lock for all. Not more: the places for
 /// them are part of every idle reader.
 const CHUNKS_AT_ONCE: usize = 8;
 
-/// Smaller frames are copied together: quinn keeps a list of what is not acknowledged and walks it for each packet.
+/// Smaller frames are copied together: quinn-proto keeps a list of what is not acknowledged and walks it for each packet.
 const COALESCE_BELOW_BYTES: usize = 2 * 1024;
 /// Until they fill this much.
 const COALESCED_BYTES: usize = 16 * 1024;
@@ -59,18 +61,18 @@ pub enum WriteError {
 
 #[derive(Debug)]
 enum Receive {
-    Quinn(RecvStream),
+    Wire(ReceiveHalf),
     Memory(memory::Receiver),
 }
 
 #[derive(Debug)]
 enum Send {
-    Quinn(SendStream),
+    Wire(SendHalf),
     Memory(memory::Sender),
 }
 
-pub(super) fn halves((send, receive): (SendStream, RecvStream)) -> (FrameWriter, FrameReader) {
-    (FrameWriter::new(Send::Quinn(send)), FrameReader::new(Receive::Quinn(receive)))
+pub(super) fn halves((send, receive): (SendHalf, ReceiveHalf)) -> (FrameWriter, FrameReader) {
+    (FrameWriter::new(Send::Wire(send)), FrameReader::new(Receive::Wire(receive)))
 }
 
 pub(super) fn simulated((send, receive): (memory::Sender, memory::Receiver)) -> (FrameWriter, FrameReader) {
@@ -119,6 +121,9 @@ impl FrameReader {
                     // An idle connection holds no buffer.
                     self.buffer = BytesMut::new();
                 }
+                if let Receive::Wire(receive) = &self.receive {
+                    receive.set_busy(!self.buffer.is_empty());
+                }
                 return Ok(Some(frame));
             }
             if self.ended {
@@ -137,7 +142,7 @@ impl FrameReader {
     async fn receive_more(&mut self) -> Result<(), ReadError> {
         let mut chunks = [const { Bytes::new() }; CHUNKS_AT_ONCE];
         let receive = match &mut self.receive {
-            Receive::Quinn(receive) => receive,
+            Receive::Wire(receive) => receive,
             Receive::Memory(receive) => {
                 match receive.read().await.map_err(QuicError::from)? {
                     Some(bytes) => self.buffer.put_slice(&bytes),
@@ -146,9 +151,9 @@ impl FrameReader {
                 return Ok(());
             }
         };
-        match receive.read_chunks(&mut chunks).await {
+        match receive.read(&mut chunks).await {
             Ok(Some(count)) => {
-                let chunks = &chunks[..count];
+                let chunks = chunks.get(..count).unwrap_or(&chunks);
                 self.buffer.reserve(chunks.iter().map(Bytes::len).sum());
                 chunks.iter().for_each(|chunk| self.buffer.put_slice(chunk));
                 Ok(())
@@ -157,9 +162,8 @@ impl FrameReader {
                 self.ended = true;
                 Ok(())
             }
-            Err(quinn::ReadError::Reset(code)) => Err(ReadError::Abandoned(code.into_inner())),
-            Err(quinn::ReadError::ConnectionLost(error)) => Err(QuicError::from(error).into()),
-            Err(other) => Err(QuicError::Protocol(other.to_string()).into()),
+            Err(Unreadable::Reset(code)) => Err(ReadError::Abandoned(code)),
+            Err(Unreadable::Lost(error)) => Err(QuicError::from(error).into()),
         }
     }
 }
@@ -171,7 +175,7 @@ const IDLE_CHUNKS: usize = 4;
 #[derive(Debug)]
 pub struct FrameWriter {
     send: Send,
-    /// Taken over from callers, not yet by quinn.
+    /// Taken over from callers, not yet by the stream.
     pending: VecDeque<Bytes>,
 }
 
@@ -201,11 +205,7 @@ impl FrameWriter {
                 return;
             }
             match &mut self.send {
-                Send::Quinn(send) => {
-                    if send.finish().is_ok() {
-                        let _ = send.stopped().await;
-                    }
-                }
+                Send::Wire(send) => send.finish().await,
                 Send::Memory(send) => send.finish().await,
             }
         };
@@ -215,22 +215,21 @@ impl FrameWriter {
     async fn flush(&mut self) -> Result<(), WriteError> {
         while !self.pending.is_empty() {
             let send = match &mut self.send {
-                Send::Quinn(send) => send,
+                Send::Wire(send) => send,
                 Send::Memory(send) => {
                     simulated_write(send, &mut self.pending).await?;
                     continue;
                 }
             };
             // A chunk that is taken in part stays with its rest.
-            match send.write_chunks(self.pending.make_contiguous()).await {
-                Ok(written) => drop(self.pending.drain(..written.chunks)),
+            match send.write(self.pending.make_contiguous()).await {
+                Ok(written) => drop(self.pending.drain(..written)),
                 Err(error) => {
                     self.pending.clear();
                     return Err(match error {
-                        quinn::WriteError::Stopped(code) => WriteError::Stopped(code.into_inner()),
-                        quinn::WriteError::ConnectionLost(error) => QuicError::from(error).into(),
-                        quinn::WriteError::ClosedStream => WriteError::Finished,
-                        other => QuicError::Protocol(other.to_string()).into(),
+                        Unwritable::Stopped(code) => WriteError::Stopped(code),
+                        Unwritable::Lost(error) => QuicError::from(error).into(),
+                        Unwritable::Finished => WriteError::Finished,
                     });
                 }
             }

@@ -10,13 +10,16 @@ use std::{
     time::Duration,
 };
 
-use quinn::{
-    ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TransportConfig, VarInt,
+use quinn_proto::{
+    ConnectionId, ConnectionIdGenerator, EndpointConfig, IdleTimeout, ServerConfig, TransportConfig, VarInt,
     crypto::rustls::QuicServerConfig,
 };
 use rand::RngCore;
 
-use super::{BindError, IDLE_TIMEOUT_MS, QuicConnection, QuicError, bursts::ShortBursts};
+use super::{
+    BindError, IDLE_TIMEOUT_MS, QuicConnection, QuicError,
+    driver::{self, Endpoint, Socket},
+};
 use crate::{bind, memory, tls::ServerTls};
 
 /// What connections may cost the listener. The defaults are the measured ones (docs/performance.md).
@@ -64,12 +67,12 @@ pub struct QuicListener(Inner);
 
 #[derive(Debug)]
 enum Inner {
-    Quinn(Quinn),
+    Wire(Wire),
     Memory(memory::QuicListener),
 }
 
 #[derive(Debug)]
-struct Quinn {
+struct Wire {
     endpoint: Endpoint,
     addr: SocketAddr,
     limits: QuicLimits,
@@ -80,17 +83,16 @@ impl QuicListener {
     /// Binds `addr` (`[::]` takes IPv4 too, port 0 any free port) and listens. Must be called within a tokio runtime.
     pub fn bind(addr: SocketAddr, tls: &ServerTls, limits: QuicLimits) -> Result<Self, BindError> {
         let io = |source| BindError::Io { addr, source };
-        let runtime = quinn::default_runtime().ok_or_else(|| io(std::io::Error::other("not in a tokio runtime")))?;
-        let crypto = QuicServerConfig::try_from(tls.config.clone()).map_err(|e| io(std::io::Error::other(e)))?;
-        let mut config = ServerConfig::with_crypto(Arc::new(crypto));
-        config.transport_config(Arc::new(transport(&limits)));
+        tokio::runtime::Handle::try_current().map_err(|e| io(std::io::Error::other(e)))?;
         let socket = bind::udp(addr)?;
-        let addr = socket.local_addr().map_err(io)?;
-        let socket = Arc::new(ShortBursts(runtime.wrap_udp_socket(socket).map_err(io)?));
-        let endpoint_config = endpoint_config(tls, limits.gateway);
-        let endpoint =
-            Endpoint::new_with_abstract_socket(endpoint_config, Some(config), socket, runtime).map_err(io)?;
-        Ok(Self(Inner::Quinn(Quinn { endpoint, addr, limits, handshakes: Arc::default() })))
+        let at = socket.local_addr().map_err(io)?;
+        Self::on(Socket::new(socket).map_err(io)?, at, tls, limits).map_err(io)
+    }
+
+    pub(super) fn on(socket: Socket, addr: SocketAddr, tls: &ServerTls, limits: QuicLimits) -> std::io::Result<Self> {
+        let (endpoint, server) = server_config(tls, &limits).map_err(std::io::Error::other)?;
+        let endpoint = Endpoint::new(endpoint, Some(server), socket);
+        Ok(Self(Inner::Wire(Wire { endpoint, addr, limits, handshakes: Arc::default() })))
     }
 
     pub(crate) fn simulated(listener: memory::QuicListener) -> Self {
@@ -100,7 +102,7 @@ impl QuicListener {
     /// Where it listens.
     pub fn local_addr(&self) -> SocketAddr {
         match &self.0 {
-            Inner::Quinn(quinn) => quinn.addr,
+            Inner::Wire(wire) => wire.addr,
             Inner::Memory(memory) => memory.local_addr(),
         }
     }
@@ -108,7 +110,7 @@ impl QuicListener {
     /// Connections at the moment, handshakes included.
     pub fn connections(&self) -> usize {
         match &self.0 {
-            Inner::Quinn(quinn) => quinn.endpoint.open_connections(),
+            Inner::Wire(wire) => wire.endpoint.open_connections(),
             Inner::Memory(memory) => memory.connections(),
         }
     }
@@ -116,7 +118,7 @@ impl QuicListener {
     /// The next device, whose handshake is still to be done (in a task of its own). `None` once closed. Cancel-safe.
     pub async fn accept(&self) -> Option<QuicIncoming> {
         Some(QuicIncoming(match &self.0 {
-            Inner::Quinn(quinn) => Knock::Quinn(quinn.accept().await?),
+            Inner::Wire(wire) => Knock::Wire(wire.accept().await?),
             Inner::Memory(memory) => Knock::Memory(memory.accept().await?),
         }))
     }
@@ -124,7 +126,7 @@ impl QuicListener {
     /// Closes every connection with `reason` and accepts no more.
     pub fn close(&self, reason: &str) {
         match &self.0 {
-            Inner::Quinn(quinn) => quinn.endpoint.close(VarInt::from_u32(0), reason.as_bytes()),
+            Inner::Wire(wire) => wire.endpoint.close(0, reason),
             Inner::Memory(memory) => memory.close(reason),
         }
     }
@@ -132,13 +134,13 @@ impl QuicListener {
     /// Waits until all connections are gone and their last packets sent.
     pub async fn wait_idle(&self) {
         match &self.0 {
-            Inner::Quinn(quinn) => quinn.endpoint.wait_idle().await,
+            Inner::Wire(wire) => wire.endpoint.wait_idle().await,
             Inner::Memory(memory) => memory.wait_idle().await,
         }
     }
 }
 
-impl Quinn {
+impl Wire {
     async fn accept(&self) -> Option<Unproven> {
         loop {
             let incoming = self.endpoint.accept().await?;
@@ -146,10 +148,9 @@ impl Quinn {
                 incoming.refuse();
                 continue;
             }
-            let unproven = !incoming.remote_address_validated();
+            let unproven = !incoming.is_proven();
             if unproven && self.handshakes.load(Ordering::Relaxed) >= self.limits.max_unproven_handshakes {
-                // Fails only for a caller who has proven his address already.
-                let _ = incoming.retry();
+                incoming.retry();
                 continue;
             }
             let handshake = Handshake::begin(&self.handshakes);
@@ -163,15 +164,14 @@ impl Quinn {
 pub struct QuicIncoming(Knock);
 
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "the large one is the one of production")]
 enum Knock {
-    Quinn(Unproven),
+    Wire(Unproven),
     Memory(memory::Incoming),
 }
 
 #[derive(Debug)]
 struct Unproven {
-    incoming: quinn::Incoming,
+    incoming: driver::Incoming,
     handshake: Handshake,
     timeout: Duration,
 }
@@ -180,7 +180,7 @@ impl QuicIncoming {
     /// Where it comes from.
     pub fn remote_address(&self) -> SocketAddr {
         match &self.0 {
-            Knock::Quinn(unproven) => canonical(unproven.incoming.remote_address()),
+            Knock::Wire(unproven) => canonical(unproven.incoming.remote_address()),
             Knock::Memory(incoming) => incoming.remote_address(),
         }
     }
@@ -188,11 +188,11 @@ impl QuicIncoming {
     /// Does the handshake.
     pub async fn connect(self) -> Result<QuicConnection, QuicError> {
         let Unproven { incoming, handshake, timeout } = match self.0 {
-            Knock::Quinn(unproven) => unproven,
+            Knock::Wire(unproven) => unproven,
             Knock::Memory(incoming) => return Ok(QuicConnection::simulated(incoming.connect())),
         };
-        let connecting = incoming.accept()?;
-        let connection = tokio::time::timeout(timeout, connecting).await.map_err(|_| QuicError::TimedOut)??;
+        let connection = incoming.accept()?;
+        tokio::time::timeout(timeout, connection.connected()).await.map_err(|_| QuicError::TimedOut)??;
         drop(handshake);
         Ok(QuicConnection::new(connection))
     }
@@ -200,7 +200,7 @@ impl QuicIncoming {
     /// Refuses it.
     pub fn refuse(self) {
         match self.0 {
-            Knock::Quinn(unproven) => unproven.incoming.refuse(),
+            Knock::Wire(unproven) => unproven.incoming.refuse(),
             Knock::Memory(incoming) => incoming.refuse(),
         }
     }
@@ -221,6 +221,14 @@ impl Drop for Handshake {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// What a listener with these limits tells the protocol. Public for whoever measures another driver against ours.
+pub fn server_config(tls: &ServerTls, limits: &QuicLimits) -> Result<(EndpointConfig, ServerConfig), QuicError> {
+    let crypto = QuicServerConfig::try_from(tls.config.clone()).map_err(|e| QuicError::Tls(e.to_string()))?;
+    let mut config = ServerConfig::with_crypto(Arc::new(crypto));
+    config.transport_config(Arc::new(transport(limits)));
+    Ok((endpoint_config(tls, limits.gateway), config))
 }
 
 fn transport(limits: &QuicLimits) -> TransportConfig {

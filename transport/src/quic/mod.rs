@@ -1,9 +1,9 @@
 //! QUIC for devices: the gateway's listener, the device's connections, and client frames on their streams. Must never
 //! hold more for a connection than its windows allow, nor let one slow device delay another.
 
-mod bursts;
 mod client;
 mod connection;
+mod driver;
 mod frames;
 mod listener;
 #[cfg(test)]
@@ -13,7 +13,7 @@ pub use client::connect;
 pub(crate) use connection::simulated_connect;
 pub use connection::{QuicConnection, QuicError};
 pub use frames::{FrameReader, FrameWriter, ReadError, WriteError};
-pub use listener::{QuicIncoming, QuicLimits, QuicListener};
+pub use listener::{QuicIncoming, QuicLimits, QuicListener, server_config};
 
 pub use crate::bind::BindError;
 
