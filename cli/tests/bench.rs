@@ -105,6 +105,8 @@ struct Worker {
 impl Worker {
     fn start(cluster: &Brokers) -> Self {
         let mut command = support::stentor(&["bench", "worker", "--listen", "127.0.0.1:0", "--json", "--dir"]);
+        // What is killed cannot clear away its keys: they go with the cluster's folder.
+        command.env("TMPDIR", cluster.dir());
         let mut child = command.arg(cluster.dir()).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -158,7 +160,13 @@ fn a_worker_that_dies_fails_the_run_and_one_that_is_left_alone_is_free_again() {
     let dir = cluster.dir().to_str().unwrap().to_owned();
     let endless = |addresses: &str| {
         let args = ["bench", "send", "--conversations", "4", "--seconds", "600", "--json", "--dir", &dir, "--workers"];
-        support::stentor(&args).arg(addresses).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        support::stentor(&args)
+            .arg(addresses)
+            .env("TMPDIR", &dir)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
     };
     let sessions = || cluster.metric("gateway-1", "stentor_gateway_sessions ");
     let once = |address: &str| {

@@ -1,5 +1,6 @@
 //! With what coordinator and workers prove to each other that they belong to the cluster: certificates of its own
-//! authority, as its nodes have them. Must never make an authority, nor leave a private key behind.
+//! authority, as its nodes have them. Must never make an authority, nor outlive the process with a private key that it
+//! made (one that is killed leaves it in its temporary folder, readable by its owner alone).
 
 use std::path::{Path, PathBuf};
 
