@@ -12,6 +12,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         "stentor/internal/v1/row.proto",
         "stentor/internal/v1/peer.proto",
         "stentor/internal/v1/gateway.proto",
+        "stentor/internal/v1/bench.proto",
     ];
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("no OUT_DIR")?);

@@ -33,6 +33,23 @@ pub enum BenchError {
     /// The cluster does not have what it acknowledged, or did not deliver what it had.
     #[error("the counts are wrong: {0}")]
     Wrong(String),
+    /// A worker of a run of several failed, and with it the run.
+    #[error("worker {worker}: {what}")]
+    Worker {
+        /// Where it listens.
+        worker: String,
+        /// What happened.
+        what: String,
+    },
+    /// A worker serves another coordinator.
+    #[error("worker {worker} serves another coordinator")]
+    Busy {
+        /// Where it listens.
+        worker: String,
+    },
+    /// Somebody said what cannot be said at this point of a run.
+    #[error("{0}")]
+    Protocol(String),
     /// Something that must come did not.
     #[error("{0} did not come in time")]
     Late(String),

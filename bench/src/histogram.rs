@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 const LOWEST_NS: u64 = 1_000;
 const HIGHEST_NS: u64 = 3_600_000_000_000;
 const DIGITS: u8 = 3;
+/// One from elsewhere holds no more, so that sums of many stay far from the end of a u64.
+pub(crate) const MOST_VALUES: u64 = 1 << 48;
 
 /// How long things took.
 #[derive(Debug, Clone)]
@@ -58,6 +60,24 @@ impl Histogram {
     pub fn add(&mut self, other: &Self) {
         // Both have the same bounds, so nothing can be out of range.
         let _ = self.inner.add(&other.inner);
+    }
+
+    /// What is in it, exactly: for each bucket that is not empty a value in ns and how many it holds, in order.
+    pub fn buckets(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let bucket = |value: u64, count: u64| (self.inner.lowest_equivalent(value), count);
+        self.inner.iter_recorded().map(move |at| bucket(at.value_iterated_to(), at.count_at_value()))
+    }
+
+    /// The one that has these buckets; `None` when none has: a value out of range, no values in a bucket, or too many
+    /// in all (2^48).
+    pub fn of_buckets(buckets: impl IntoIterator<Item = (u64, u64)>) -> Option<Self> {
+        let (mut histogram, mut all) = (Self::new(), 0_u64);
+        for (value, count) in buckets {
+            all = all.checked_add(count).filter(|all| *all <= MOST_VALUES)?;
+            let possible = count > 0 && value >= histogram.inner.lowest_equivalent(LOWEST_NS);
+            histogram.inner.record_n(value, count).ok().filter(|()| possible)?;
+        }
+        Some(histogram)
     }
 
     /// Forgets everything.
@@ -152,6 +172,39 @@ mod tests {
         assert!(about(one.summary().max_ms, 3.0) && about(one.percentile_ms(50.0), 1.0));
         one.clear();
         assert_eq!((one.summary(), one.curve()), (Latency::default(), vec![]));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn the_sum_of_parts_that_travelled_is_the_histogram_of_all(
+            parts in proptest::collection::vec(proptest::collection::vec(0_u64..u64::MAX, 0..60), 1..6)
+        ) {
+            let mut all = Histogram::new();
+            let mut merged = Histogram::new();
+            for part in parts {
+                let mut own = Histogram::new();
+                // All magnitudes, not only the largest.
+                for took in part.into_iter().map(|n| Duration::from_nanos(n >> (n % 64))) {
+                    all.record(took);
+                    own.record(took);
+                }
+                merged.add(&Histogram::of_buckets(own.buckets()).unwrap());
+            }
+            proptest::prop_assert_eq!(all.summary(), merged.summary());
+            proptest::prop_assert_eq!(all.curve(), merged.curve());
+            proptest::prop_assert!(all.buckets().eq(merged.buckets()));
+        }
+    }
+
+    #[test]
+    fn buckets_that_no_histogram_has_are_refused() {
+        let of = |buckets: &[(u64, u64)]| Histogram::of_buckets(buckets.iter().copied());
+        assert_eq!(of(&[]).unwrap().count(), 0);
+        assert_eq!(of(&[(LOWEST_NS, MOST_VALUES)]).unwrap().count(), MOST_VALUES);
+        for wrong in [&[(0, 1)][..], &[(u64::MAX, 1)], &[(5_000, 0)], &[(5_000, MOST_VALUES), (9_000, 1)]] {
+            assert!(of(wrong).is_none(), "{wrong:?}");
+        }
+        assert!(of(&[(5_000, u64::MAX), (5_000, u64::MAX)]).is_none());
     }
 
     #[test]

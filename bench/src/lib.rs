@@ -18,6 +18,7 @@ pub mod report;
 pub mod scenario;
 pub mod search;
 pub mod target;
+pub mod workers;
 
 pub use error::BenchError;
 pub use histogram::{Histogram, Latency};

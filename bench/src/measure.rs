@@ -1,5 +1,5 @@
-//! Cuts a load that runs into phases: a warm-up that counts for nothing, then repeats of the same length, each with what
-//! was noted in it and what the processes used in it. Must never stop or slow the load.
+//! How long is measured, who watches, and what the cluster's processes used between two moments, as the coordinator sees
+//! it. Must never stop or slow the load.
 
 use std::{
     collections::BTreeMap,
@@ -10,12 +10,9 @@ use std::{
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use stentor_transport::probe;
-use tokio::time::sleep_until;
 
-use crate::{BenchError, Outcome, Spent, Target, Usage, meter::Meters, processes};
+use crate::{Outcome, Spent, Target, Usage, processes};
 
-/// Between two looks for somebody who watches.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// A node that does not tell its metrics by then is not asked again.
 const METRICS_WITHIN: Duration = Duration::from_secs(5);
 /// A broker's count of fsynced log batches.
@@ -77,38 +74,33 @@ impl Observer {
         Self(Some(Arc::new(watch)))
     }
 
-    pub(crate) fn look(&self, repeat: u32, began: Instant, meters: &Meters) {
-        let Some(watch) = &self.0 else { return };
-        let (elapsed, tally) = (began.elapsed(), meters.units.peek());
-        watch(&Live {
-            repeat,
-            elapsed,
-            rate_per_s: tally.count as f64 / elapsed.as_secs_f64().max(1e-3),
-            p50_ms: tally.latencies.percentile_ms(50.0),
-            p99_ms: tally.latencies.percentile_ms(99.0),
-            errors: tally.errors,
-        });
+    /// Whether anybody watches.
+    pub(crate) fn is_there(&self) -> bool {
+        self.0.is_some()
+    }
+
+    pub(crate) fn look(&self, live: &Live) {
+        if let Some(watch) = &self.0 {
+            watch(live);
+        }
     }
 }
 
-/// All processes at one moment.
+/// The cluster's processes at one moment.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     at: Instant,
-    own: Usage,
     servers: BTreeMap<String, Usage>,
     /// CPU time in µs, over all servers.
     threads: BTreeMap<String, u64>,
     fsyncs: Option<u64>,
 }
 
-/// What all processes used between two moments.
-#[derive(Debug, Clone)]
+/// What they used between two moments.
+#[derive(Debug, Clone, Default)]
 pub struct Cost {
     /// How long that was.
     pub elapsed: Duration,
-    /// The load generator.
-    pub own: Spent,
     /// The cluster's processes by name; empty when they are not on this machine.
     pub servers: BTreeMap<String, Spent>,
     /// The same by kinds of threads, over all of them: CPU time in µs.
@@ -119,15 +111,14 @@ pub struct Cost {
 
 impl Snapshot {
     /// Looks at everything.
-    pub async fn take(target: &Target) -> Result<Self, BenchError> {
+    pub async fn take(target: &Target) -> Self {
         let fsyncs = fsyncs(target).await;
         let servers = target.nodes().iter().filter_map(|node| Some((node.name.clone(), Usage::of(node.pid?).ok()?)));
-        let own = Usage::own().map_err(BenchError::io("read /proc/self"))?;
         let mut threads = BTreeMap::new();
         for (kind, us) in target.nodes().iter().filter_map(|node| node.pid).flat_map(processes::threads) {
             *threads.entry(kind).or_default() += us;
         }
-        Ok(Self { servers: servers.collect(), threads, own, fsyncs, at: Instant::now() })
+        Self { servers: servers.collect(), threads, fsyncs, at: Instant::now() }
     }
 
     /// What was used since an earlier moment.
@@ -135,7 +126,6 @@ impl Snapshot {
         let spent = |(name, now): (&String, &Usage)| Some((name.clone(), now.since(earlier.servers.get(name)?)));
         Cost {
             elapsed: self.at - earlier.at,
-            own: self.own.since(&earlier.own),
             servers: self.servers.iter().filter_map(spent).collect(),
             threads: self
                 .threads
@@ -148,13 +138,11 @@ impl Snapshot {
 }
 
 impl Cost {
-    /// Puts it to what was counted.
-    pub fn of(self, mut outcome: Outcome) -> Outcome {
+    /// Puts it to what was counted, with what the load generators used, by their names.
+    pub fn of(self, mut outcome: Outcome, benches: BTreeMap<String, Spent>) -> Outcome {
         outcome.flushes_per_message = self.fsyncs.and_then(|fsyncs| outcome.per_unit(fsyncs as f64));
         if self.servers.is_empty() {
-            outcome.client_cpu_us = outcome.per_unit(self.own.cpu_us() as f64);
-            outcome.processes.insert("bench".into(), self.own);
-            return outcome;
+            return outcome.with_benches(benches);
         }
         for (kind, us) in &self.threads {
             // What is next to nothing is noise in every comparison.
@@ -162,7 +150,7 @@ impl Cost {
                 outcome.figures.insert(format!("{kind}{THREAD_FIGURE}"), each);
             }
         }
-        outcome.with_processes(self.own, self.servers)
+        outcome.with_servers(self.servers).with_benches(benches)
     }
 }
 
@@ -177,54 +165,4 @@ async fn fsyncs(target: &Target) -> Option<u64> {
 pub async fn metric(http: std::net::SocketAddr, name: &str) -> Option<f64> {
     let text = probe::get(http, "/metrics", METRICS_WITHIN).await.ok()?;
     text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
-}
-
-/// Measures a load that runs: the outcome of each repeat.
-pub async fn measure(
-    target: &Target,
-    timing: Timing,
-    meters: &Meters,
-    observer: &Observer,
-) -> Result<Vec<Outcome>, BenchError> {
-    wait(Duration::from_secs_f64(timing.warm_up_s), 0, meters, observer).await;
-    let mut before = Snapshot::take(target).await?;
-    meters.take();
-    let mut outcomes = Vec::new();
-    for repeat in 1..=timing.repeats {
-        wait(Duration::from_secs_f64(timing.seconds), repeat, meters, observer).await;
-        let now = Snapshot::take(target).await?;
-        let noted = meters.take();
-        outcomes.push(outcome(now.since(&before), noted));
-        before = now;
-    }
-    Ok(outcomes)
-}
-
-/// What was noted, with what it cost.
-pub(crate) fn outcome(
-    cost: Cost,
-    (units, others): (crate::meter::Tally, Vec<(&'static str, crate::meter::Tally)>),
-) -> Outcome {
-    let seconds = cost.elapsed.as_secs_f64();
-    let mut outcome = Outcome::counted(seconds, units.count, units.errors, &units.latencies);
-    outcome.first_error = units.first_error;
-    for (name, tally) in others {
-        if tally.count > 0 {
-            outcome.figures.insert(format!("{name}_count"), tally.count as f64);
-            outcome.figures.insert(format!("{name}_p50_ms"), tally.latencies.percentile_ms(50.0));
-            outcome.figures.insert(format!("{name}_p99_ms"), tally.latencies.percentile_ms(99.0));
-        }
-        outcome.errors += tally.errors;
-        outcome.first_error = outcome.first_error.or(tally.first_error);
-    }
-    cost.of(outcome)
-}
-
-async fn wait(how_long: Duration, repeat: u32, meters: &Meters, observer: &Observer) {
-    let began = Instant::now();
-    let end = began + how_long;
-    while Instant::now() < end {
-        sleep_until((Instant::now() + LOOK_EVERY).min(end).into()).await;
-        observer.look(repeat, began, meters);
-    }
 }

@@ -27,7 +27,7 @@ pub struct Tally {
 }
 
 impl Tally {
-    fn add(&mut self, other: &Self) {
+    pub(crate) fn add(&mut self, other: &Self) {
         self.latencies.add(&other.latencies);
         self.count += other.count;
         self.errors += other.errors;

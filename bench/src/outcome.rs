@@ -56,14 +56,25 @@ impl Outcome {
     }
 
     /// Adds what the processes used: `client` is the load generator, all others are servers.
-    pub fn with_processes(mut self, client: Spent, servers: BTreeMap<String, Spent>) -> Self {
+    pub fn with_processes(self, client: Spent, servers: BTreeMap<String, Spent>) -> Self {
+        self.with_servers(servers).with_benches(BTreeMap::from([("bench".into(), client)]))
+    }
+
+    /// Adds what the servers' processes used.
+    pub(crate) fn with_servers(mut self, servers: BTreeMap<String, Spent>) -> Self {
         let cpu_us: f64 = servers.values().map(|spent| spent.cpu_us() as f64).sum();
         let written: Option<u64> = servers.values().map(|spent| spent.write_bytes).sum();
         self.server_cpu_us = self.per_unit(cpu_us);
-        self.client_cpu_us = self.per_unit(client.cpu_us() as f64);
         self.bytes_written_per_message = written.and_then(|bytes| self.per_unit(bytes as f64));
-        self.processes = servers;
-        self.processes.insert("bench".into(), client);
+        self.processes.extend(servers);
+        self
+    }
+
+    /// Adds what the load generators used.
+    pub(crate) fn with_benches(mut self, benches: BTreeMap<String, Spent>) -> Self {
+        let cpu_us: f64 = benches.values().map(|spent| spent.cpu_us() as f64).sum();
+        self.client_cpu_us = self.per_unit(cpu_us);
+        self.processes.extend(benches);
         self
     }
 

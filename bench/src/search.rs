@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::{BenchError, Observer, Outcome, Pace, Timing, scenario::send::SendLoad};
+use crate::{BenchError, Outcome, Pace, Timing, workers::Crew};
 
 /// Of the rate that was asked for, so much must have been done.
 const REACHED: f64 = 0.98;
@@ -54,18 +54,13 @@ fn held(outcome: &Outcome, rate: f64, p99: Duration) -> bool {
 }
 
 /// Tries rates for `timing.seconds` each; returns the steps, the last one that held is the answer.
-pub async fn find_p99(
-    load: &SendLoad,
-    p99: Duration,
-    timing: Timing,
-    observer: &Observer,
-) -> Result<Vec<Step>, BenchError> {
+pub async fn find_p99(crew: &mut Crew<'_>, p99: Duration, timing: Timing) -> Result<Vec<Step>, BenchError> {
     let once = Timing { repeats: 1, ..timing };
-    let closed = load.run(Pace::Closed, once, observer).await?;
+    let closed = crew.run(Pace::Closed, once).await?;
     let highest = closed.first().map_or(0.0, |outcome| outcome.rate_per_s);
     let (mut search, mut steps) = (Search::new(highest), Vec::new());
     while let Some(rate_per_s) = search.next().filter(|_| steps.len() < STEPS) {
-        let mut outcomes = load.run(Pace::Open { rate_per_s }, once, observer).await?;
+        let mut outcomes = crew.run(Pace::Open { rate_per_s }, once).await?;
         let Some(outcome) = outcomes.pop() else { break };
         let held = held(&outcome, rate_per_s, p99);
         search.note(rate_per_s, held);

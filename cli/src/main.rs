@@ -78,7 +78,9 @@ fn start(verb: Verb, output: Output) -> Result<(), Failure> {
         log.log_internal_errors(false).init();
     }
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    if matches!(verb, Verb::Bench(_)) && std::env::var_os("TOKIO_WORKER_THREADS").is_none() {
+    // A worker's machine has nothing else to do.
+    let shares_its_machine = matches!(&verb, Verb::Bench(verb) if !matches!(verb, args::bench::BenchVerb::Worker(_)));
+    if shares_its_machine && std::env::var_os("TOKIO_WORKER_THREADS").is_none() {
         // Half of the machine: what it measures is usually on the other half.
         runtime.worker_threads(std::thread::available_parallelism().map_or(1, |cores| usize::from(cores).div_ceil(2)));
     }

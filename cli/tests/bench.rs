@@ -6,8 +6,9 @@
 mod support;
 
 use std::{
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
 };
 
 use serde_json::Value;
@@ -43,7 +44,9 @@ fn is_whole(scenario: &str, run: &Value) {
     assert_eq!(run["latency"]["count"], run["count"], "{scenario}: {run}");
     assert!(number("server_cpu_us") >= 0.0 && number("flushes_per_message") >= 0.0, "{scenario}: {run}");
     let processes: Vec<&str> = run["processes"].as_object().unwrap().keys().map(String::as_str).collect();
-    assert_eq!(processes, ["bench", "broker-1", "broker-2", "broker-3", "gateway-1"], "{scenario}");
+    let mut expected = if scenario.contains("--workers") { vec!["bench-1", "bench-2"] } else { vec!["bench"] };
+    expected.extend(["broker-1", "broker-2", "broker-3", "gateway-1"]);
+    assert_eq!(processes, expected, "{scenario}");
 }
 
 fn figure(phase: &Value, name: &str) -> f64 {
@@ -91,6 +94,106 @@ fn every_scenario_runs_and_its_counts_are_right() {
     );
     // A machine that is busy with other tests may hold no rate at all; that is told, and is no wrong count.
     assert!(searched.code == 0 || searched.stderr.contains("no rate holds"), "{}", searched.stderr);
+}
+
+/// A load generator that waits for coordinators; killed when dropped.
+struct Worker {
+    child: Child,
+    address: String,
+}
+
+impl Worker {
+    fn start(cluster: &Brokers) -> Self {
+        let mut command = support::stentor(&["bench", "worker", "--listen", "127.0.0.1:0", "--json", "--dir"]);
+        // What is killed cannot clear away its keys: they go with the cluster's folder.
+        command.env("TMPDIR", cluster.dir());
+        let mut child = command.arg(cluster.dir()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let said: Value = serde_json::from_str(&line).unwrap();
+        Self { child, address: said["listening"].as_str().unwrap().to_owned() }
+    }
+
+    fn kill(&mut self) {
+        let _ = self.child.kill();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+#[test]
+fn several_workers_make_one_load() {
+    let cluster = Brokers::start(4);
+    let workers = [Worker::start(&cluster), Worker::start(&cluster)];
+    let addresses = format!("{},{}", workers[0].address, workers[1].address);
+    let together = |scenario: &str| bench(&cluster, &format!("{scenario} --workers {addresses}"));
+    together("send --conversations 9 --window 32 --size 100");
+    together("send --conversations 4 --window 16 --sessions 4 --via api");
+    let open = together("send --conversations 4 --window 64 --rate 200");
+    assert!(figure(&open, "late_count") > 0.0);
+    together("fanout --conversations 3 --devices 4 --devices-per-user 2 --stuck 1 --window 4");
+    together("cursors --conversations 2 --devices 3 --window 8");
+    together("connect --concurrency 3");
+    let idle = together("idle --devices 5 --conversations 2");
+    assert_eq!(figure(&idle, "connections"), 7.5, "5 in the first repeat, 10 in the second");
+    let resume = together("resume --devices 25 --conversations 3 --missed 4 --within 0.2");
+    assert_eq!((figure(&resume, "missed_messages"), resume["median"]["count"].as_u64()), (12.0, Some(25)));
+    together("history --conversations 12 --messages 30 --page 10 --sessions 2");
+    for refused in ["send --conversations 1", "mixed", "fanout --local"] {
+        let mut args: Vec<_> = ["bench"].into_iter().chain(refused.split(' ')).collect();
+        args.extend(["--json", "--workers", &addresses]);
+        let ended = cluster.run(&args, b"");
+        assert_eq!((ended.code, ended.stdout.as_str()), (2, ""), "{refused}: {}", ended.stderr);
+    }
+}
+
+#[test]
+fn a_worker_that_dies_fails_the_run_and_one_that_is_left_alone_is_free_again() {
+    let cluster = Brokers::start(2);
+    let mut workers = [Worker::start(&cluster), Worker::start(&cluster)];
+    let addresses = format!("{},{}", workers[0].address, workers[1].address);
+    let dir = cluster.dir().to_str().unwrap().to_owned();
+    let endless = |addresses: &str| {
+        let args = ["bench", "send", "--conversations", "4", "--seconds", "600", "--json", "--dir", &dir, "--workers"];
+        support::stentor(&args)
+            .arg(addresses)
+            .env("TMPDIR", &dir)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let sessions = || cluster.metric("gateway-1", "stentor_gateway_sessions ");
+    let once = |address: &str| {
+        let args = ["bench", "send", "--conversations", "4", "--seconds", "0.2", "--warm-up", "0", "--repeats", "1"];
+        cluster.run(&[&args[..], &["--json", "--workers", address]].concat(), b"")
+    };
+    let led = endless(&addresses);
+    eventually("both workers' devices are connected", || (sessions() >= 2).then_some(()));
+    let busy = once(&workers[0].address);
+    assert_eq!((busy.code, busy.error()["reason"].as_str()), (3, Some("WORKER_BUSY")), "{}", busy.stderr);
+    workers[1].kill();
+    let ended = Ended::new(led.wait_with_output().unwrap());
+    assert_eq!((ended.code, ended.stdout.as_str()), (1, ""), "{}", ended.stderr);
+    assert!(ended.stderr.contains(&workers[1].address), "{}", ended.stderr);
+    let free = |what| {
+        eventually(what, || {
+            let ended = once(&workers[0].address);
+            (ended.code != 3).then(|| ended.well())
+        });
+        eventually("all devices are gone", || (sessions() == 0).then_some(()));
+    };
+    free("the other worker serves the next coordinator");
+    let mut led = endless(&workers[0].address);
+    eventually("the worker's devices are connected", || (sessions() >= 1).then_some(()));
+    led.kill().unwrap();
+    led.wait().unwrap();
+    free("the worker serves on when its coordinator has died");
 }
 
 #[test]

@@ -12,8 +12,9 @@ use super::{PeerError, server::Server};
 use crate::{
     BenchError, Outcome, Spent, Timing, Usage,
     fsyncs::Fsyncs,
-    measure::{self, Cost},
+    measure::Cost,
     meter::Meters,
+    workers::{Part, joined},
 };
 
 /// The processes of a peer, by name; one name may be several.
@@ -50,8 +51,8 @@ impl Gauge {
         meters.take();
         sleep(Duration::from_secs_f64(timing.seconds)).await;
         let now = self.now()?;
-        let noted = meters.take();
-        Ok(measure::outcome(self.cost(&before, &now), noted))
+        let part = Part::taken(meters, now.at - before.at, now.own.since(&before.own));
+        Ok(joined(vec![("bench".into(), part)], self.cost(&before, &now)))
     }
 
     fn now(&self) -> Result<Moment, PeerError> {
@@ -71,7 +72,6 @@ impl Gauge {
         }
         Cost {
             elapsed: now.at - before.at,
-            own: now.own.since(&before.own),
             threads: BTreeMap::new(),
             servers,
             fsyncs: now.fsyncs.zip(before.fsyncs).map(|(now, before)| now - before),

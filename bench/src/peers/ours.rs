@@ -16,16 +16,16 @@ use super::{Load, MESSAGE_BYTES, Peer, PeerError, idle, parked};
 use crate::{
     BenchError, Local, Observer, Outcome, Pace, Size, Target, Timing,
     body::{Bodies, BodySize},
-    measure,
     meter::Meters,
     scenario::{
-        Stop,
+        Stop, Tasks,
         api::ApiLoad,
         connect::{ConnectLoad, ConnectSettings},
         fanout::{FanoutLoad, FanoutSettings},
         idle::{IdleLoad, IdleSettings},
         send::{SendLoad, SendSettings},
     },
+    workers::{self, Rhythm, Stage},
 };
 
 const CONNECTING: usize = 16;
@@ -74,11 +74,11 @@ impl Ours {
         let settings = SendSettings { conversations, window, sessions: 1, body };
         match self.door {
             Door::Sessions => {
-                let load = match self.kept.take() {
+                let mut load = match self.kept.take() {
                     Some((kept, load)) if kept == settings => load,
                     _ => SendLoad::prepare(&self.target, &settings, Self::bodies()).await?,
                 };
-                let outcomes = load.run(Pace::Closed, timing, &Observer::none()).await?;
+                let outcomes = self.measure(&mut load, Pace::Closed, timing).await?;
                 match conversations >= KEPT_FROM {
                     true => self.kept = Some((settings, load)),
                     false => load.close().await,
@@ -87,36 +87,34 @@ impl Ours {
             }
             Door::Api => {
                 let mut load = ApiLoad::prepare(&self.target, &settings, Self::bodies()).await?;
-                Ok(load.run(Pace::Closed, timing, &Observer::none()).await?)
+                Ok(self.measure(&mut load, Pace::Closed, timing).await?)
             }
         }
     }
 
     async fn fanout(&self, settings: FanoutSettings, pace: Pace, timing: Timing) -> Result<Vec<Outcome>, PeerError> {
-        let load = FanoutLoad::prepare(&self.target, &settings, Self::bodies()).await?;
-        let outcomes = load.run(pace, timing, &Observer::none()).await?;
+        let mut load = FanoutLoad::prepare(&self.target, &settings, Self::bodies()).await?;
+        let outcomes = self.measure(&mut load, pace, timing).await?;
         load.close().await;
         Ok(outcomes)
     }
 
     async fn chat(&self, pairs: usize, timing: Timing) -> Result<Vec<Outcome>, PeerError> {
         let prepared = stream::iter(0..pairs).map(|n| self.pair(n)).buffered(CONNECTING);
-        let prepared: Vec<_> = prepared.try_collect().await?;
-        let (meters, stop) = (Arc::new(Meters::new()), Stop::default());
-        let tasks: Vec<_> = prepared
-            .into_iter()
-            .enumerate()
-            .map(|(n, pair)| tokio::spawn(talk(n, pair, Arc::clone(&meters), stop.clone())))
-            .collect();
-        let outcomes = measure::measure(&self.target, timing, &meters, &Observer::none()).await;
-        stop.now();
-        for task in tasks {
-            task.await.map_err(|error| PeerError::failed("chat", error))??;
-        }
-        Ok(outcomes?)
+        let mut load = Chat { pairs: prepared.try_collect().await? };
+        Ok(self.measure(&mut load, Pace::Closed, timing).await?)
     }
 
-    async fn pair(&self, n: usize) -> Result<(ConversationId, Client, Client), PeerError> {
+    async fn measure(
+        &self,
+        load: &mut impl workers::Load,
+        pace: Pace,
+        timing: Timing,
+    ) -> Result<Vec<Outcome>, BenchError> {
+        workers::alone(&self.target, load, (Rhythm::Steady, pace, timing), &Observer::none()).await
+    }
+
+    async fn pair(&self, n: usize) -> Result<Pair, PeerError> {
         let run = rand::random::<u32>() as usize;
         let (one, other) = (self.target.user(&format!("one{n}"), run)?, self.target.user(&format!("other{n}"), run)?);
         let connect = async |user, number| {
@@ -135,7 +133,8 @@ impl Ours {
     async fn idle(&self, devices: usize, timing: Timing) -> Result<Vec<Outcome>, PeerError> {
         let settings = IdleSettings { devices, conversations: 0 };
         let mut load = IdleLoad::prepare(&self.target, &settings)?;
-        let mut outcomes = load.run(timing, &Observer::none()).await?;
+        let how = (Rhythm::Adding, Pace::Closed, timing);
+        let mut outcomes = workers::alone(&self.target, &mut load, how, &Observer::none()).await?;
         load.close().await;
         for outcome in &mut outcomes {
             if let Some(bytes) = outcome.figures.get(IDLE_BYTES).copied() {
@@ -163,7 +162,8 @@ impl Ours {
             Load::Idle { connections } => self.idle(connections, timing).await?,
             Load::Handshakes { window } => {
                 let settings = ConnectSettings { concurrency: window, resumed: false };
-                ConnectLoad::prepare(&self.target, &settings)?.run(Pace::Closed, timing, &Observer::none()).await?
+                let mut load = ConnectLoad::prepare(&self.target, &settings)?;
+                self.measure(&mut load, Pace::Closed, timing).await?
             }
             Load::Parked => vec![parked::hold(&self.target, timing).await?],
             Load::Echo | Load::Raw => return Err(PeerError::unable("a Stentor cluster", load)),
@@ -172,13 +172,29 @@ impl Ours {
     }
 }
 
+/// A conversation of two, and their devices.
+type Pair = (ConversationId, Client, Client);
+
+/// Pairs that talk.
+struct Chat {
+    pairs: Vec<Pair>,
+}
+
+impl workers::Load for Chat {
+    async fn run(&mut self, _: Pace, stage: &mut Stage) -> Result<(), BenchError> {
+        let (meters, stop) = (Arc::new(Meters::new()), Stop::default());
+        stage.gather(self.pairs.len()).await?;
+        let pairs = std::mem::take(&mut self.pairs).into_iter().enumerate();
+        let tasks = Tasks::start(pairs.map(|(n, pair)| talk(n, pair, Arc::clone(&meters), stop.clone())));
+        let measured = stage.measure(&meters).await;
+        stop.now();
+        tasks.ended().await?.into_iter().collect::<Result<(), BenchError>>()?;
+        measured
+    }
+}
+
 /// One says something, and when it is acknowledged and the other has it, he answers. Each message that arrived counts.
-async fn talk(
-    n: usize,
-    (id, one, other): (ConversationId, Client, Client),
-    meters: Arc<Meters>,
-    stop: Stop,
-) -> Result<(), PeerError> {
+async fn talk(n: usize, (id, one, other): Pair, meters: Arc<Meters>, stop: Stop) -> Result<(), BenchError> {
     let (mut from, mut to) = (&one, &other);
     let mut noted = Vec::new();
     while !stop.is_set() {

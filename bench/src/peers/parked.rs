@@ -9,8 +9,7 @@ use tokio::time::sleep;
 use super::{Load, Peer, PeerError};
 use crate::{
     BenchError, Outcome, Target, Timing, Usage,
-    measure::{Snapshot, metric, outcome},
-    meter::Meters,
+    measure::{Snapshot, metric},
 };
 
 /// CPU of the busiest broker, in percent of one core: the name of the figure.
@@ -48,18 +47,16 @@ pub(super) async fn hold(target: &Target, timing: Timing) -> Result<Outcome, Pee
         };
     }
     sleep(Duration::from_secs_f64(timing.warm_up_s)).await;
-    let before = Snapshot::take(target).await?;
+    let before = Snapshot::take(target).await;
     sleep(Duration::from_secs_f64(timing.seconds)).await;
-    let cost = Snapshot::take(target).await?.since(&before);
+    let cost = Snapshot::take(target).await.since(&before);
     // What the brokers did for the looks themselves is in it.
-    let (elapsed, meters) = (cost.elapsed, Meters::new());
     let spent = |name: &str| cost.servers.get(name).map_or(0, |spent| spent.cpu_us());
     let busiest = brokers.iter().map(|broker| spent(&broker.name)).max().unwrap_or(0);
     let memory = brokers.iter().filter_map(|broker| Usage::of(broker.pid?).ok()).map(|usage| usage.anonymous_kib).max();
-    let mut outcome = outcome(cost, meters.take());
     // One unit: the whole time.
-    outcome.count = 1;
-    outcome.figures.insert(PERCENT.into(), busiest as f64 / 1e4 / elapsed.as_secs_f64());
+    let mut outcome = Outcome { count: 1, seconds: timing.seconds, ..Outcome::default() };
+    outcome.figures.insert(PERCENT.into(), busiest as f64 / 1e4 / cost.elapsed.as_secs_f64());
     let memory = memory.ok_or_else(|| BenchError::Cluster("no broker's memory can be read".into()))?;
     outcome.figures.insert(REPLICA_BYTES.into(), memory as f64 * 1024.0 / replicas);
     Ok(outcome)

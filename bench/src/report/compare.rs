@@ -90,6 +90,7 @@ pub fn compare(before: &Report, after: &Report) -> Result<Vec<Change>, BenchErro
         ("settings", before.settings == after.settings),
         ("clusters", before.cluster == after.cluster),
         ("timings", before.timing == after.timing),
+        ("numbers of workers", before.workers.len() == after.workers.len()),
     ] {
         if !same {
             return Err(BenchError::Settings(format!("the reports have different {what}")));

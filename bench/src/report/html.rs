@@ -34,6 +34,7 @@ pub fn page(report: &Report) -> String {
         escape(&about(report))
     );
     let _ = write!(page, "<p class=note>Settings: <code>{}</code></p>", escape(&report.settings.to_string()));
+    workers(&mut page, report);
     table(&mut page, report);
     if report.phases.iter().any(|phase| !phase.median.curve.is_empty()) {
         page.push_str("<h2>Latency</h2><p class=note>At most so many ms for this share of all units.</p>");
@@ -84,6 +85,27 @@ fn table(page: &mut String, report: &Report) {
             cell(page, value);
         }
         let _ = write!(page, "<td>{}", o.errors);
+    }
+    page.push_str("</table>");
+}
+
+fn workers(page: &mut String, report: &Report) {
+    if report.workers.is_empty() {
+        return;
+    }
+    let _ = write!(page, "<p class=note>The load was made by {} workers together.</p>", report.workers.len());
+    page.push_str("<table><tr><th>worker<th>at<th>CPUs<th>CPU<th>load before");
+    for worker in &report.workers {
+        let machine = &worker.machine;
+        let _ = write!(
+            page,
+            "<tr><td>{}<td>{}<td>{}<td>{}<td>{}",
+            escape(&worker.process),
+            escape(&worker.address),
+            machine.cpus,
+            escape(&machine.cpu),
+            short(machine.load_before)
+        );
     }
     page.push_str("</table>");
 }
@@ -258,7 +280,10 @@ mod tests {
     use std::{collections::BTreeMap, time::Duration};
 
     use super::*;
-    use crate::{Histogram, Size, Spent, Timing, report::Cluster};
+    use crate::{
+        Histogram, Size, Spent, Timing,
+        report::{Cluster, Worker},
+    };
 
     #[test]
     fn a_page_needs_nothing_from_elsewhere_and_runs_nothing() {
@@ -269,6 +294,8 @@ mod tests {
         outcome = outcome.with_processes(Spent { user_us: 7, ..Spent::default() }, BTreeMap::new());
         let timing = Timing { warm_up_s: 1.0, seconds: 1.0, repeats: 2 };
         let mut report = Report::begin("send", Cluster::local(Size::default()), &"<b>", timing);
+        let (process, address) = ("bench-1".into(), "<b>:7".into());
+        report.workers = vec![Worker { process, address, machine: report.machine.clone() }];
         report.phases = vec![Phase::new("a & b", vec![outcome.clone(), outcome]), Phase::new("empty", vec![])];
         let page = page(&report);
         assert!(!page.contains("<script") && !page.contains("<b>") && page.contains("a &amp; b"));

@@ -60,6 +60,17 @@ impl Cluster {
     }
 }
 
+/// A load generator that was a process of its own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Worker {
+    /// As it stands among the processes.
+    pub process: String,
+    /// As the coordinator was told to dial it.
+    pub address: String,
+    /// Where it made its share of the load.
+    pub machine: Machine,
+}
+
 /// A whole run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -71,8 +82,11 @@ pub struct Report {
     pub began: String,
     /// Which scenario.
     pub scenario: String,
-    /// Where the load was made.
+    /// Where the load was made, or led, if there were workers.
     pub machine: Machine,
+    /// Who made the load together; empty when it was made by this process alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub workers: Vec<Worker>,
     /// What was loaded.
     pub cluster: Cluster,
     /// The scenario's settings.
@@ -92,6 +106,7 @@ impl Report {
             began: chrono::Local::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, false),
             scenario: scenario.into(),
             machine: Machine::this(&std::env::temp_dir()),
+            workers: Vec::new(),
             cluster,
             settings: serde_json::to_value(settings).unwrap_or_default(),
             timing,

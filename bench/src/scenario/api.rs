@@ -25,11 +25,11 @@ use super::{
     talk::Talk,
 };
 use crate::{
-    BenchError, Outcome, Pace, Target,
+    BenchError, Pace, Target,
     body::Bodies,
-    measure::{self, Observer, Timing},
     meter::{Batch, Meters},
     pace::Schedule,
+    workers::{Load, Stage},
 };
 
 /// Streams of one connection: HTTP/2 shares one window among them.
@@ -50,7 +50,6 @@ struct Caller {
 /// Streams and conversations, ready to send.
 #[derive(Debug)]
 pub struct ApiLoad {
-    target: Target,
     plan: Plan,
     /// By lane.
     callers: Vec<Caller>,
@@ -79,7 +78,7 @@ impl ApiLoad {
         let talks: Vec<Arc<Talk>> = created.buffered(CALLS).try_collect().await?;
         let owners = lanes_of.iter().map(|lanes| lanes[0]).collect();
         let numbers = vec![0; plan.lanes.len()];
-        Ok(Self { target: target.clone(), plan, callers, talks, owners, bodies: Arc::new(bodies), numbers })
+        Ok(Self { plan, callers, talks, owners, bodies: Arc::new(bodies), numbers })
     }
 
     /// How many streams send.
@@ -87,9 +86,18 @@ impl ApiLoad {
         self.callers.len()
     }
 
-    /// Sends and measures; may be called again.
-    pub async fn run(&mut self, pace: Pace, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
-        let (meters, stop, began) = (Arc::new(Meters::new()), Stop::default(), Instant::now());
+    async fn count(&self) -> Result<(), BenchError> {
+        let looked = stream::iter(self.talks.iter().zip(&self.owners))
+            .map(|(talk, &owner)| async move { talk.check(head(&self.callers[owner], talk.id.as_str()).await?) });
+        looked.buffer_unordered(CALLS).try_for_each(async |()| Ok(())).await
+    }
+}
+
+impl Load for ApiLoad {
+    async fn run(&mut self, pace: Pace, stage: &mut Stage) -> Result<(), BenchError> {
+        let (meters, stop) = (Arc::new(Meters::new()), Stop::default());
+        let turns = stage.gather(self.plan.lanes.len()).await?;
+        let began = Instant::now();
         let lanes = self.plan.lanes.iter().enumerate().map(|(number, lane)| Lane {
             number,
             window: lane.window,
@@ -102,24 +110,17 @@ impl ApiLoad {
             waiting: VecDeque::new(),
             schedule: match pace {
                 Pace::Closed => None,
-                Pace::Open { rate_per_s } => Some(Schedule::new(began, rate_per_s, number, self.plan.lanes.len())),
+                Pace::Open { rate_per_s } => Some(Schedule::new(began, rate_per_s, turns.number(number), turns.of())),
             },
         });
         let tasks = Tasks::start(lanes.map(Lane::run));
-        let outcomes = measure::measure(&self.target, timing, &meters, observer).await;
+        let measured = stage.measure(&meters).await;
         stop.now();
         for (number, last_no) in tasks.ended().await? {
             self.numbers[number] = last_no;
         }
-        let outcomes = outcomes?;
-        self.count().await?;
-        Ok(outcomes)
-    }
-
-    async fn count(&self) -> Result<(), BenchError> {
-        let looked = stream::iter(self.talks.iter().zip(&self.owners))
-            .map(|(talk, &owner)| async move { talk.check(head(&self.callers[owner], talk.id.as_str()).await?) });
-        looked.buffer_unordered(CALLS).try_for_each(async |()| Ok(())).await
+        measured?;
+        self.count().await
     }
 }
 

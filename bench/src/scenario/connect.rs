@@ -8,10 +8,10 @@ use stentor_client::Client;
 
 use super::{Stop, Tasks};
 use crate::{
-    BenchError, Outcome, Target,
-    measure::{self, Observer, Timing},
+    BenchError, Target,
     meter::Meters,
     pace::{Pace, Turns},
+    workers::{Load, Stage},
 };
 
 /// Devices of each task, in turn: a user may open only so many sessions a second.
@@ -55,10 +55,13 @@ impl ConnectLoad {
         let tokens = (0..settings.concurrency).map(of).collect::<Result<_, BenchError>>()?;
         Ok(Self { target: target.clone(), settings: *settings, tokens })
     }
+}
 
-    /// Connects and measures; may be called again.
-    pub async fn run(&self, pace: Pace, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
-        let (meters, stop, began) = (Arc::new(Meters::new()), Stop::default(), Instant::now());
+impl Load for ConnectLoad {
+    async fn run(&mut self, pace: Pace, stage: &mut Stage) -> Result<(), BenchError> {
+        let (meters, stop) = (Arc::new(Meters::new()), Stop::default());
+        let turns = stage.gather(self.tokens.len()).await?;
+        let began = Instant::now();
         let task = |(task, tokens): (usize, &Arc<Vec<String>>)| {
             let caller = Caller {
                 task,
@@ -67,15 +70,15 @@ impl ConnectLoad {
                 tokens: Arc::clone(tokens),
                 meters: Arc::clone(&meters),
                 stop: stop.clone(),
-                turns: Turns::new(pace, began, task, self.tokens.len()),
+                turns: Turns::new(pace, began, turns.number(task), turns.of()),
             };
             caller.run()
         };
         let tasks = Tasks::start(self.tokens.iter().enumerate().map(task));
-        let outcomes = measure::measure(&self.target, timing, &meters, observer).await;
+        let measured = stage.measure(&meters).await;
         stop.now();
         tasks.ended().await?;
-        outcomes
+        measured
     }
 }
 

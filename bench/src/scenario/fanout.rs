@@ -13,7 +13,7 @@ use std::{
 use futures_util::{StreamExt, TryStreamExt, future::join_all, stream};
 use serde::{Deserialize, Serialize};
 use stentor_client::{Client, EventKind, From, Incoming, UserId};
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 
 use super::{
     Stop, Tasks,
@@ -23,10 +23,10 @@ use super::{
     talk::{self, Talk},
 };
 use crate::{
-    BenchError, Outcome, Pace, Target,
+    BenchError, Pace, Target,
     body::{Bodies, BodySize, stamp_of},
-    measure::{self, Observer, Timing},
     meter::{Batch, Meters},
+    workers::{Load, Stage, Turns},
 };
 
 /// Devices that connect at the same time.
@@ -98,7 +98,8 @@ pub struct FanoutLoad {
     senders: Vec<Client>,
     readers: Vec<Client>,
     stuck: Vec<Client>,
-    tasks: Vec<JoinHandle<()>>,
+    /// Cut off with the load: a run that is given up must not leave readers behind.
+    tasks: JoinSet<()>,
     talks: Vec<Arc<Talk>>,
     gates: Vec<Arc<Gate>>,
     /// By conversation.
@@ -130,7 +131,7 @@ impl FanoutLoad {
             senders,
             readers: Vec::new(),
             stuck: Vec::new(),
-            tasks: Vec::new(),
+            tasks: JoinSet::new(),
             talks,
             gates,
             seen: Vec::new(),
@@ -168,7 +169,7 @@ impl FanoutLoad {
                 moves_cursors: s.cursors,
                 seen: Arc::clone(&seen),
             };
-            self.tasks.push(tokio::spawn(reader.run(Arc::clone(&self.meters))));
+            self.tasks.spawn(reader.run(Arc::clone(&self.meters)));
             self.readers.push(client);
             all_seen.push(seen);
         }
@@ -176,30 +177,17 @@ impl FanoutLoad {
         Ok(())
     }
 
-    /// Sends and measures deliveries; may be called again.
-    pub async fn run(&self, pace: Pace, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
-        let (stop, began) = (Stop::default(), Instant::now());
-        let lane = |n| self.lane(n, pace).run(pace, began, Arc::clone(&self.meters), stop.clone());
-        let lanes = Tasks::start((0..self.talks.len()).map(lane));
-        let outcomes = measure::measure(&self.target, timing, &self.meters, observer).await;
-        stop.now();
-        lanes.ended().await?;
-        let outcomes = outcomes?;
-        self.count().await?;
-        Ok(outcomes)
-    }
-
-    fn lane(&self, number: usize, pace: Pace) -> Lane {
+    fn lane(&self, n: usize, turns: &Turns, pace: Pace) -> Lane {
         Lane {
-            number,
-            lanes: self.talks.len(),
-            client: self.senders[number].clone(),
-            talks: vec![Arc::clone(&self.talks[number])],
+            number: turns.number(n),
+            lanes: turns.of(),
+            client: self.senders[n].clone(),
+            talks: vec![Arc::clone(&self.talks[n])],
             window: SENDS_PER_SESSION,
             bodies: Arc::clone(&self.bodies),
             stamped: true,
             answers: SENT,
-            gate: (pace == Pace::Closed).then(|| Arc::clone(&self.gates[number])),
+            gate: (pace == Pace::Closed).then(|| Arc::clone(&self.gates[n])),
         }
     }
 
@@ -231,10 +219,25 @@ impl FanoutLoad {
     }
 
     /// Ends all sessions.
-    pub async fn close(self) {
+    pub async fn close(mut self) {
         let all = self.senders.iter().chain(&self.readers).chain(&self.stuck);
         join_all(all.map(Client::close)).await;
-        join_all(self.tasks).await;
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+impl Load for FanoutLoad {
+    async fn run(&mut self, pace: Pace, stage: &mut Stage) -> Result<(), BenchError> {
+        let (stop, lanes) = (Stop::default(), self.talks.len());
+        let turns = stage.gather(lanes).await?;
+        let began = Instant::now();
+        let lane = |n| self.lane(n, &turns, pace).run(pace, began, Arc::clone(&self.meters), stop.clone());
+        let lanes = Tasks::start((0..lanes).map(lane));
+        let measured = stage.measure(&self.meters).await;
+        stop.now();
+        lanes.ended().await?;
+        measured?;
+        self.count().await
     }
 }
 

@@ -17,11 +17,11 @@ use super::{
     talk::{self, Talk},
 };
 use crate::{
-    BenchError, Outcome, Target,
+    BenchError, Target,
     body::{Bodies, BodySize},
-    measure::{self, Observer, Timing},
     meter::Meters,
     pace::{Pace, Turns},
+    workers::{Load, Stage},
 };
 
 /// Messages that come together in a conversation, as in a real one.
@@ -55,7 +55,6 @@ impl Default for HistorySettings {
 /// Conversations that are full, and their readers.
 #[derive(Debug)]
 pub struct HistoryLoad {
-    target: Target,
     settings: HistorySettings,
     /// By reader.
     readers: Vec<(Client, Vec<Arc<Talk>>)>,
@@ -80,13 +79,21 @@ impl HistoryLoad {
                 Ok::<_, BenchError>((client, talks))
             }
         });
-        Ok(Self { target: target.clone(), settings: s, readers: try_join_all(filled).await? })
+        Ok(Self { settings: s, readers: try_join_all(filled).await? })
     }
 
-    /// Reads and measures; may be called again.
-    pub async fn run(&self, pace: Pace, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
-        let (meters, stop, began) = (Arc::new(Meters::new()), Stop::default(), Instant::now());
+    /// Ends the sessions.
+    pub async fn close(self) {
+        join_all(self.readers.iter().map(|(client, _)| client.close())).await;
+    }
+}
+
+impl Load for HistoryLoad {
+    async fn run(&mut self, pace: Pace, stage: &mut Stage) -> Result<(), BenchError> {
+        let (meters, stop) = (Arc::new(Meters::new()), Stop::default());
         let tasks = self.readers.len() * self.settings.concurrency;
+        let turns = stage.gather(tasks).await?;
+        let began = Instant::now();
         let spawned = (0..tasks).map(|task| {
             let (client, talks) = &self.readers[task % self.readers.len()];
             let reader = Reader {
@@ -94,22 +101,17 @@ impl HistoryLoad {
                 client: client.clone(),
                 talks: talks.clone(),
                 page: self.settings.page,
-                turns: Turns::new(pace, began, task, tasks),
+                turns: Turns::new(pace, began, turns.number(task), turns.of()),
                 meters: Arc::clone(&meters),
                 stop: stop.clone(),
             };
             reader.run()
         });
         let spawned = Tasks::start(spawned);
-        let outcomes = measure::measure(&self.target, timing, &meters, observer).await;
+        let measured = stage.measure(&meters).await;
         stop.now();
         spawned.ended().await?;
-        outcomes
-    }
-
-    /// Ends the sessions.
-    pub async fn close(self) {
-        join_all(self.readers.iter().map(|(client, _)| client.close())).await;
+        measured
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::{StreamExt, TryStreamExt, future::join_all, stream};
+use futures_util::{StreamExt, future::join_all, stream};
 use serde::{Deserialize, Serialize};
 use stentor_client::{Client, From};
 
@@ -15,9 +15,10 @@ use super::{
     talk::{self, Talk},
 };
 use crate::{
-    BenchError, Outcome, Target, Usage,
-    measure::{self, Observer, Snapshot, Timing},
+    BenchError, Outcome, Pace, Target, Timing, Usage,
+    measure::Snapshot,
     meter::Meters,
+    workers::{Crew, Load, Stage},
 };
 
 /// Devices that connect at the same time.
@@ -48,6 +49,8 @@ pub struct IdleLoad {
     target: Target,
     settings: IdleSettings,
     clients: Vec<Client>,
+    /// Repeats that were made.
+    repeats: usize,
 }
 
 impl IdleLoad {
@@ -56,40 +59,24 @@ impl IdleLoad {
         if settings.devices == 0 {
             return Err(BenchError::Settings("at least one device must idle".into()));
         }
-        Ok(Self { target: target.clone(), settings: *settings, clients: Vec::new() })
+        Ok(Self { target: target.clone(), settings: *settings, clients: Vec::new(), repeats: 0 })
     }
 
-    /// Adds devices, waits until memory has settled, and holds them; once for each repeat.
-    pub async fn run(&mut self, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
-        let mut outcomes = Vec::new();
-        for repeat in 0..timing.repeats as usize {
-            outcomes.push(self.add(repeat, timing, observer).await?);
+    async fn add(
+        &self,
+        talks: &[std::sync::Arc<Talk>],
+        meters: &Meters,
+        stage: &Stage,
+    ) -> Result<Vec<Client>, BenchError> {
+        let (first, devices) = (self.clients.len(), self.settings.devices);
+        let connected = stream::iter(first..first + devices).map(|n| self.connect(n, talks, meters));
+        let mut added = Vec::with_capacity(devices);
+        let mut connected = std::pin::pin!(connected.buffer_unordered(CONNECTING));
+        while let Some(client) = connected.next().await {
+            added.push(client?);
+            stage.tell(meters);
         }
-        Ok(outcomes)
-    }
-
-    async fn add(&mut self, repeat: usize, timing: Timing, observer: &Observer) -> Result<Outcome, BenchError> {
-        let talks = self.talks(repeat).await?;
-        let before = self.settled().await;
-        let (meters, began) = (Meters::new(), Snapshot::take(&self.target).await?);
-        let first = self.clients.len();
-        let connected = stream::iter(first..first + self.settings.devices).map(|n| self.connect(n, &talks, &meters));
-        let added: Vec<Client> = connected.buffer_unordered(CONNECTING).try_collect().await?;
-        self.clients.extend(added);
-        let cost = Snapshot::take(&self.target).await?.since(&began);
-        let mut outcome = measure::outcome(cost, meters.take());
-        let after = self.settled().await;
-        let devices = self.settings.devices as f64;
-        for (name, memory) in [("anonymous", |u: &Usage| u.anonymous_kib), ("resident", |u: &Usage| u.rss_kib)]
-            as [(&str, fn(&Usage) -> u64); 2]
-        {
-            if let (Some(before), Some(after)) = (sum(&before, memory), sum(&after, memory)) {
-                let bytes = (after as f64 - before as f64) * 1024.0 / devices;
-                outcome.figures.insert(format!("gateway_{name}_bytes_per_connection"), bytes);
-            }
-        }
-        self.hold(timing, observer, &mut outcome).await?;
-        Ok(outcome)
+        Ok(added)
     }
 
     async fn connect(&self, n: usize, talks: &[std::sync::Arc<Talk>], meters: &Meters) -> Result<Client, BenchError> {
@@ -120,47 +107,88 @@ impl IdleLoad {
         Ok(talks)
     }
 
-    /// What the cluster uses while nobody says anything.
-    async fn hold(&self, timing: Timing, observer: &Observer, outcome: &mut Outcome) -> Result<(), BenchError> {
-        let held = Timing { warm_up_s: timing.warm_up_s, repeats: 1, ..timing };
-        for quiet in measure::measure(&self.target, held, &Meters::new(), observer).await? {
-            let share = |us: u64| us as f64 / 1e4 / quiet.seconds;
-            for (name, spent) in &quiet.processes {
-                outcome.figures.insert(format!("{name}_idle_cpu_percent"), share(spent.cpu_us()));
-            }
-        }
-        let lost = self.clients.iter().filter(|client| !client.is_connected()).count();
-        if lost > 0 {
-            return Err(BenchError::Wrong(format!("{lost} of {} devices lost their connection", self.clients.len())));
-        }
-        outcome.figures.insert("connections".into(), self.clients.len() as f64);
-        Ok(())
-    }
-
-    /// The gateways, when their memory has stopped changing.
-    async fn settled(&self) -> BTreeMap<String, Usage> {
-        let deadline = Instant::now() + SETTLED_WITHIN;
-        let mut memory = self.gateways();
-        loop {
-            tokio::time::sleep(STILL_FOR).await;
-            let now = self.gateways();
-            let same = sum(&now, |u| u.anonymous_kib) == sum(&memory, |u| u.anonymous_kib);
-            memory = now;
-            if same || Instant::now() > deadline {
-                return memory;
-            }
-        }
-    }
-
-    fn gateways(&self) -> BTreeMap<String, Usage> {
-        let gateways = self.target.nodes().iter().filter(|node| node.role == "gateway");
-        gateways.filter_map(|node| Some((node.name.clone(), Usage::of(node.pid?).ok()?))).collect()
-    }
-
     /// Ends all sessions.
     pub async fn close(self) {
         join_all(self.clients.iter().map(Client::close)).await;
     }
+}
+
+impl Load for IdleLoad {
+    /// Adds devices and holds them; once for each repeat.
+    async fn run(&mut self, _: Pace, stage: &mut Stage) -> Result<(), BenchError> {
+        let talks = self.talks(self.repeats).await?;
+        self.repeats += 1;
+        stage.gather(self.settings.devices).await?;
+        let meters = Meters::new();
+        let added = self.add(&talks, &meters, stage).await?;
+        stage.hand_over(&meters).await?;
+        self.clients.extend(added);
+        stage.measure(&Meters::new()).await?;
+        let lost = self.clients.iter().filter(|client| !client.is_connected()).count();
+        if lost > 0 {
+            return Err(BenchError::Wrong(format!("{lost} of {} devices lost their connection", self.clients.len())));
+        }
+        Ok(())
+    }
+}
+
+/// Leads a run: waits before and after each repeat's devices until memory has settled, and then looks at what rests.
+pub(crate) async fn lead(crew: &mut Crew<'_>, timing: Timing) -> Result<Vec<Outcome>, BenchError> {
+    let (mut outcomes, mut connections) = (Vec::new(), 0);
+    for repeat in 1..=timing.repeats {
+        let ready = crew.ready(Pace::Closed).await?;
+        let before = settled(crew.target()).await;
+        let began = Snapshot::take(crew.target()).await;
+        let (mut outcome, _) = crew.step(ready, repeat, &began).await?;
+        let after = settled(crew.target()).await;
+        for (name, memory) in [("anonymous", |u: &Usage| u.anonymous_kib), ("resident", |u: &Usage| u.rss_kib)]
+            as [(&str, fn(&Usage) -> u64); 2]
+        {
+            if let (Some(before), Some(after)) = (sum(&before, memory), sum(&after, memory))
+                && let Some(bytes) = outcome.per_unit((after as f64 - before as f64) * 1024.0)
+            {
+                outcome.figures.insert(format!("gateway_{name}_bytes_per_connection"), bytes);
+            }
+        }
+        hold(crew, repeat, timing, &mut outcome).await?;
+        connections += outcome.count;
+        outcome.figures.insert("connections".into(), connections as f64);
+        outcomes.push(outcome);
+    }
+    Ok(outcomes)
+}
+
+/// What everybody uses while nobody says anything.
+async fn hold(crew: &mut Crew<'_>, repeat: u32, timing: Timing, outcome: &mut Outcome) -> Result<(), BenchError> {
+    crew.wait(timing.warm_up_s, 0).await?;
+    let before = Snapshot::take(crew.target()).await;
+    crew.cut().await?;
+    let (quiet, _) = crew.repeat(repeat, timing.seconds, &before).await?;
+    let share = |us: u64| us as f64 / 1e4 / quiet.seconds.max(1e-9);
+    for (name, spent) in &quiet.processes {
+        outcome.figures.insert(format!("{name}_idle_cpu_percent"), share(spent.cpu_us()));
+    }
+    crew.stop().await
+}
+
+/// The gateways, when their memory has stopped changing.
+async fn settled(target: &Target) -> BTreeMap<String, Usage> {
+    let deadline = Instant::now() + SETTLED_WITHIN;
+    let mut memory = gateways(target);
+    loop {
+        tokio::time::sleep(STILL_FOR).await;
+        let now = gateways(target);
+        let same = sum(&now, |u| u.anonymous_kib) == sum(&memory, |u| u.anonymous_kib);
+        memory = now;
+        if same || Instant::now() > deadline {
+            return memory;
+        }
+    }
+}
+
+fn gateways(target: &Target) -> BTreeMap<String, Usage> {
+    let gateways = target.nodes().iter().filter(|node| node.role == "gateway");
+    gateways.filter_map(|node| Some((node.name.clone(), Usage::of(node.pid?).ok()?))).collect()
 }
 
 /// Of all together; `None` when nothing could be read.

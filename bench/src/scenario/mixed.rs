@@ -33,10 +33,10 @@ use super::{
     talk::{self, Talk},
 };
 use crate::{
-    BenchError, Outcome, Pace, Target,
+    BenchError, Pace, Target,
     body::{Bodies, BodySize, stamp_of},
-    measure::{self, Observer, Timing},
     meter::{Batch, Meters},
+    workers::{Load, Stage, Turns},
 };
 
 /// Who writes; they are always there.
@@ -162,32 +162,12 @@ impl MixedLoad {
         Ok(Self { target: target.clone(), settings: s, day, writers, talks, bodies: Arc::new(bodies) })
     }
 
-    /// Lets the day go by. Everybody connects before and leaves after it.
-    pub async fn run(&self, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
-        let meters = Arc::new(Meters::new().with(SENT).with(LATE).with(RESUMED));
-        let (reading, writing) = (Stop::default(), Stop::default());
-        let connected = stream::iter(0..self.settings.users).map(|n| Person::connect(self, n, &meters, &reading));
-        let people: Vec<Person> = connected.buffer_unordered(CONNECTING).try_collect().await?;
-        let positions: Vec<(usize, Positions)> = people.iter().map(|p| (p.n, Arc::clone(&p.positions))).collect();
-        let people = Tasks::start(people.into_iter().map(Person::live));
-        let (pace, began) = (Pace::Open { rate_per_s: self.settings.rate_per_s }, Instant::now());
-        let lane = |n| self.lane(n).run(pace, began, Arc::clone(&meters), writing.clone());
-        let lanes = Tasks::start((0..self.writers.len()).map(lane));
-        let outcomes = measure::measure(&self.target, timing, &meters, observer).await;
-        writing.now();
-        lanes.ended().await?;
-        let counted = self.count(&positions).await;
-        reading.now();
-        people.ended().await?.into_iter().collect::<Result<(), BenchError>>()?;
-        counted.and(outcomes)
-    }
-
-    fn lane(&self, number: usize) -> Lane {
+    fn lane(&self, n: usize, turns: &Turns) -> Lane {
         Lane {
-            number,
-            lanes: self.writers.len(),
-            client: self.writers[number].clone(),
-            talks: self.day.orders[number].iter().map(|&n| Arc::clone(&self.talks[n])).collect(),
+            number: turns.number(n),
+            lanes: turns.of(),
+            client: self.writers[n].clone(),
+            talks: self.day.orders[n].iter().map(|&n| Arc::clone(&self.talks[n])).collect(),
             window: SENDS_PER_SESSION,
             bodies: Arc::clone(&self.bodies),
             stamped: true,
@@ -223,6 +203,30 @@ impl MixedLoad {
     /// Ends the writers' sessions.
     pub async fn close(self) {
         join_all(self.writers.iter().map(Client::close)).await;
+    }
+}
+
+impl Load for MixedLoad {
+    /// Everybody connects before and leaves after the day.
+    async fn run(&mut self, pace: Pace, stage: &mut Stage) -> Result<(), BenchError> {
+        let meters = Arc::new(Meters::new().with(SENT).with(LATE).with(RESUMED));
+        let (reading, writing) = (Stop::default(), Stop::default());
+        let load = &*self;
+        let connected = stream::iter(0..load.settings.users).map(|n| Person::connect(load, n, &meters, &reading));
+        let people: Vec<Person> = connected.buffer_unordered(CONNECTING).try_collect().await?;
+        let positions: Vec<(usize, Positions)> = people.iter().map(|p| (p.n, Arc::clone(&p.positions))).collect();
+        let people = Tasks::start(people.into_iter().map(Person::live));
+        let turns = stage.gather(load.writers.len()).await?;
+        let began = Instant::now();
+        let lane = |n| load.lane(n, &turns).run(pace, began, Arc::clone(&meters), writing.clone());
+        let lanes = Tasks::start((0..load.writers.len()).map(lane));
+        let measured = stage.measure(&meters).await;
+        writing.now();
+        lanes.ended().await?;
+        let counted = load.count(&positions).await;
+        reading.now();
+        people.ended().await?.into_iter().collect::<Result<(), BenchError>>()?;
+        counted.and(measured)
     }
 }
 

@@ -12,6 +12,7 @@ pub mod resume;
 pub mod send;
 mod spread;
 mod talk;
+mod work;
 
 use std::{
     sync::{
@@ -22,6 +23,8 @@ use std::{
 };
 
 use tokio::{task::JoinSet, time::timeout};
+
+pub use work::{Prepared, Work};
 
 use crate::BenchError;
 

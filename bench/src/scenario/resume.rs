@@ -10,24 +10,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::{StreamExt, TryStreamExt, future::join_all, stream};
+use futures_util::{StreamExt, future::join_all, stream};
 use serde::{Deserialize, Serialize};
 use stentor_client::{Client, ConversationId, EventKind, Incoming, Message, Seq, UserId};
 use tokio::task::JoinSet;
 
 use super::{
-    Stop, send,
+    send,
     talk::{self, Talk},
 };
 use crate::{
-    BenchError, Outcome, Target, Usage,
+    BenchError, Outcome, Pace, Target, Timing, Usage,
     body::{Bodies, BodySize},
-    measure::{self, Observer, Snapshot, Timing},
+    measure::Snapshot,
     meter::Meters,
+    workers::{Crew, Load, Stage},
 };
 
 /// Devices of one conversation.
-const TOGETHER: usize = 10;
+pub(crate) const TOGETHER: usize = 10;
 /// Who writes while they are away.
 const WRITERS: usize = 4;
 /// Devices that go away at the same time.
@@ -86,20 +87,8 @@ impl ResumeLoad {
         });
         let talks = talk::create_all(wanted.collect::<Result<_, BenchError>>()?, None).await?;
         let load = Self { target: target.clone(), settings: s, writers, talks, bodies, sent: 0 };
-        load.come_back(&Observer::none(), 0).await?;
+        leave(load.come_back(0, 0.0, &Arc::new(Meters::new()), || {}).await?).await;
         Ok(load)
-    }
-
-    /// Lets all miss something and come back, once for each repeat.
-    pub async fn run(&mut self, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
-        let mut outcomes = Vec::new();
-        for _ in 0..timing.repeats {
-            self.miss().await?;
-            // What was written is at rest when they come.
-            tokio::time::sleep(Duration::from_secs_f64(timing.warm_up_s)).await;
-            outcomes.push(self.come_back(observer, self.settings.missed).await?);
-        }
-        Ok(outcomes)
     }
 
     async fn miss(&mut self) -> Result<(), BenchError> {
@@ -118,41 +107,34 @@ impl ResumeLoad {
         Ok(())
     }
 
-    /// All devices connect, get what they missed, move their cursors, and go.
-    async fn come_back(&self, observer: &Observer, missed: usize) -> Result<Outcome, BenchError> {
-        let (meters, due, stop) = (Arc::new(Meters::new()), Instant::now(), Stop::default());
-        let peak = Arc::new(AtomicU64::new(0));
-        let watching = tokio::spawn(watch(self.target.clone(), Arc::clone(&peak), stop.clone()));
-        let before = Snapshot::take(&self.target).await?;
-        let mut coming = JoinSet::new();
+    /// All devices connect and get what they missed. `fraction` of the time between two of them is waited first: those of
+    /// other workers come between.
+    async fn come_back(
+        &self,
+        missed: usize,
+        fraction: f64,
+        meters: &Arc<Meters>,
+        told: impl Fn(),
+    ) -> Result<Vec<Client>, BenchError> {
+        let (due, mut coming) = (Instant::now(), JoinSet::new());
         for n in 0..self.settings.devices {
-            let share = n as f64 / self.settings.devices as f64;
+            let share = (n as f64 + fraction) / self.settings.devices as f64;
             let device = Device {
                 n,
                 target: self.target.clone(),
                 user: self.target.user("away", n)?,
-                due: due + Duration::from_secs_f64(self.settings.within_s * share),
+                due: due + Duration::from_secs_f64((self.settings.within_s * share).clamp(0.0, 86_400.0)),
                 missed: missed * self.settings.conversations,
-                meters: Arc::clone(&meters),
+                meters: Arc::clone(meters),
             };
             coming.spawn(device.come_back());
         }
         let mut clients = Vec::with_capacity(self.settings.devices);
         while let Some(came) = coming.join_next().await {
             clients.push(came.map_err(BenchError::cluster)??);
-            observer.look(1, due, &meters);
+            told();
         }
-        let took = due.elapsed();
-        let cost = Snapshot::take(&self.target).await?.since(&before);
-        stop.now();
-        let _ = watching.await;
-        let mut outcome = measure::outcome(cost, meters.take());
-        outcome.figures.insert("all_up_to_date_s".into(), took.as_secs_f64());
-        outcome.figures.insert("missed_messages".into(), (missed * self.settings.conversations) as f64);
-        outcome.figures.insert("gateway_peak_resident_mib".into(), peak.load(Ordering::Relaxed) as f64 / 1024.0);
-        let leaving = stream::iter(clients).map(async |client: Client| client.close().await);
-        leaving.buffer_unordered(LEAVING).map(Ok::<(), BenchError>).try_collect::<()>().await?;
-        Ok(outcome)
+        Ok(clients)
     }
 
     /// Ends the writers' sessions.
@@ -161,9 +143,50 @@ impl ResumeLoad {
     }
 }
 
-/// Keeps the highest memory of all gateways together.
-async fn watch(target: Target, peak_kib: Arc<AtomicU64>, stop: Stop) {
-    while !stop.is_set() {
+impl Load for ResumeLoad {
+    /// Lets all miss something and come back; once for each repeat.
+    async fn run(&mut self, _: Pace, stage: &mut Stage) -> Result<(), BenchError> {
+        self.miss().await?;
+        let turns = stage.gather(self.settings.devices).await?;
+        let meters = Arc::new(Meters::new());
+        let told = || stage.tell(&meters);
+        let clients = self.come_back(self.settings.missed, turns.fraction(), &meters, told).await?;
+        stage.hand_over(&meters).await?;
+        stage.measure(&Meters::new()).await?;
+        leave(clients).await;
+        Ok(())
+    }
+}
+
+/// All devices go away, their cursors moved.
+async fn leave(clients: Vec<Client>) {
+    let leaving = stream::iter(clients).map(async |client: Client| client.close().await);
+    leaving.buffer_unordered(LEAVING).collect::<()>().await;
+}
+
+/// Leads a run: in each repeat all come back from what they missed, when that is at rest.
+pub(crate) async fn lead(crew: &mut Crew<'_>, missed: usize, timing: Timing) -> Result<Vec<Outcome>, BenchError> {
+    let mut outcomes = Vec::new();
+    for repeat in 1..=timing.repeats {
+        let ready = crew.ready(Pace::Closed).await?;
+        crew.wait(timing.warm_up_s, 0).await?;
+        let (peak, mut watching) = (Arc::new(AtomicU64::new(0)), JoinSet::new());
+        watching.spawn(watch(crew.target().clone(), Arc::clone(&peak)));
+        let before = Snapshot::take(crew.target()).await;
+        let (mut outcome, slowest) = crew.step(ready, repeat, &before).await?;
+        drop(watching);
+        outcome.figures.insert("all_up_to_date_s".into(), slowest.as_secs_f64());
+        outcome.figures.insert("missed_messages".into(), missed as f64);
+        outcome.figures.insert("gateway_peak_resident_mib".into(), peak.load(Ordering::Relaxed) as f64 / 1024.0);
+        crew.stop().await?;
+        outcomes.push(outcome);
+    }
+    Ok(outcomes)
+}
+
+/// Keeps the highest memory of all gateways together, until it is cut off.
+async fn watch(target: Target, peak_kib: Arc<AtomicU64>) {
+    loop {
         let gateways = target.nodes().iter().filter(|node| node.role == "gateway");
         let now: u64 = gateways.filter_map(|node| Some(Usage::of(node.pid?).ok()?.rss_kib)).sum();
         peak_kib.fetch_max(now, Ordering::Relaxed);

@@ -14,11 +14,11 @@ use super::{
     talk::{self, Talk},
 };
 use crate::{
-    BenchError, Outcome, Target,
+    BenchError, Target,
     body::{Bodies, BodySize},
-    measure::{self, Observer, Timing},
     meter::Meters,
     pace::Pace,
+    workers::{Load, Stage, Turns},
 };
 
 /// Devices that connect at the same time.
@@ -46,7 +46,6 @@ impl Default for SendSettings {
 /// Devices and conversations, ready to send.
 #[derive(Debug)]
 pub struct SendLoad {
-    target: Target,
     clients: Vec<Client>,
     talks: Vec<Arc<Talk>>,
     plan: Plan,
@@ -74,7 +73,7 @@ impl SendLoad {
         let first = (settings.conversations > settings.window).then(|| bodies.get(0));
         let talks = talk::create_all(wanted.collect(), first.as_ref()).await?;
         let owners = members.iter().map(|sessions| sessions[0]).collect();
-        Ok(Self { target: target.clone(), clients, talks, plan, bodies: Arc::new(bodies), owners })
+        Ok(Self { clients, talks, plan, bodies: Arc::new(bodies), owners })
     }
 
     /// How many devices send.
@@ -82,29 +81,11 @@ impl SendLoad {
         self.plan.sessions
     }
 
-    /// Sends and measures; may be called again. What was acknowledged is counted afterwards.
-    pub async fn run(&self, pace: Pace, timing: Timing, observer: &Observer) -> Result<Vec<Outcome>, BenchError> {
-        let mut meters = Meters::new();
-        if matches!(pace, Pace::Open { .. }) {
-            meters = meters.with(LATE);
-        }
-        let (meters, stop) = (Arc::new(meters), Stop::default());
-        let began = Instant::now();
-        let lane = |n| self.lane(n).run(pace, began, Arc::clone(&meters), stop.clone());
-        let tasks = Tasks::start((0..self.plan.lanes.len()).map(lane));
-        let outcomes = measure::measure(&self.target, timing, &meters, observer).await;
-        stop.now();
-        tasks.ended().await?;
-        let outcomes = outcomes?;
-        self.count().await?;
-        Ok(outcomes)
-    }
-
-    fn lane(&self, number: usize) -> Lane {
-        let plan = &self.plan.lanes[number];
+    fn lane(&self, n: usize, turns: &Turns) -> Lane {
+        let plan = &self.plan.lanes[n];
         Lane {
-            number,
-            lanes: self.plan.lanes.len(),
+            number: turns.number(n),
+            lanes: turns.of(),
             client: self.clients[plan.session].clone(),
             talks: plan.conversations.iter().map(|&conversation| Arc::clone(&self.talks[conversation])).collect(),
             window: plan.window,
@@ -123,6 +104,25 @@ impl SendLoad {
     /// Ends the sessions.
     pub async fn close(self) {
         join_all(self.clients.iter().map(Client::close)).await;
+    }
+}
+
+impl Load for SendLoad {
+    async fn run(&mut self, pace: Pace, stage: &mut Stage) -> Result<(), BenchError> {
+        let mut meters = Meters::new();
+        if matches!(pace, Pace::Open { .. }) {
+            meters = meters.with(LATE);
+        }
+        let (meters, stop) = (Arc::new(meters), Stop::default());
+        let turns = stage.gather(self.plan.lanes.len()).await?;
+        let began = Instant::now();
+        let lane = |n| self.lane(n, &turns).run(pace, began, Arc::clone(&meters), stop.clone());
+        let tasks = Tasks::start((0..self.plan.lanes.len()).map(lane));
+        let measured = stage.measure(&meters).await;
+        stop.now();
+        tasks.ended().await?;
+        measured?;
+        self.count().await.map(|_| ())
     }
 }
 

@@ -1,6 +1,6 @@
 //! The options of `stentor bench`. Only shapes: nothing here may decide or do anything.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 
@@ -25,6 +25,8 @@ pub(crate) enum BenchVerb {
     History(HistoryBenchArgs),
     /// A day in small: large and small conversations, devices that come and go, receipts
     Mixed(MixedBenchArgs),
+    /// A load generator that waits for a coordinator: `stentor bench SCENARIO --dir D --workers HOST:PORT,…`
+    Worker(WorkerBenchArgs),
     /// What changed between two reports beyond noise; ends with 1 when something got worse
     Compare(CompareArgs),
 }
@@ -40,6 +42,7 @@ impl BenchVerb {
             Self::Resume(args) => args.run.json,
             Self::History(args) => args.run.json,
             Self::Mixed(args) => args.run.json,
+            Self::Worker(args) => args.json,
             Self::Compare(args) => args.json,
         }
     }
@@ -54,6 +57,11 @@ pub(crate) struct RunArgs {
     /// Use the cluster of this folder
     #[arg(long, env = "STENTOR_DIR")]
     pub(crate) dir: Option<PathBuf>,
+    /// Let these make the load together (`stentor bench worker` on each machine), and this process lead them
+    #[arg(long, value_name = "HOST:PORT,…", value_delimiter = ',', conflicts_with = "local")]
+    pub(crate) workers: Vec<String>,
+    #[command(flatten)]
+    pub(crate) keys: KeyArgs,
     /// Brokers of a local cluster
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) brokers: u32,
@@ -78,6 +86,34 @@ pub(crate) struct RunArgs {
     /// Write the report as a page with plots
     #[arg(long, value_name = "FILE")]
     pub(crate) html: Option<PathBuf>,
+}
+
+/// With what coordinator and workers know each other.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct KeyArgs {
+    /// Certificate of the cluster's authority for coordinator or worker (PEM); without it one is issued by D/pki/ca.key
+    #[arg(long, value_name = "FILE", requires = "key")]
+    pub(crate) cert: Option<PathBuf>,
+    /// The certificate's private key (PEM)
+    #[arg(long, value_name = "FILE", requires = "cert")]
+    pub(crate) key: Option<PathBuf>,
+}
+
+/// Options of `bench worker`. It serves one coordinator at a time, run after run, until it is stopped. Both sides show a
+/// certificate of the cluster's authority.
+#[derive(Debug, Args)]
+pub(crate) struct WorkerBenchArgs {
+    /// Where to wait; port 0 takes any free one
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: SocketAddr,
+    /// The cluster's folder, or a copy of its cluster.json, keys/ and pki/
+    #[arg(long, env = "STENTOR_DIR")]
+    pub(crate) dir: PathBuf,
+    #[command(flatten)]
+    pub(crate) keys: KeyArgs,
+    /// Print where it listens as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Options of `bench peers`. `make peers` installs the servers; each is started and stopped here, on free ports.

@@ -4,6 +4,7 @@
 mod peers;
 mod print;
 mod work;
+mod worker;
 
 use std::path::Path;
 
@@ -11,8 +12,10 @@ use indicatif::ProgressBar;
 use stentor_bench::{
     BenchError, Live, Local, Observer, Report, Size, Target, Timing,
     report::{self, Cluster},
+    scenario::Work,
+    workers::{self, Run},
 };
-use work::Work;
+use stentor_proto::v1::Refusal;
 
 use crate::{
     args::bench::{BenchVerb, CompareArgs, RunArgs},
@@ -25,14 +28,15 @@ use crate::{
 pub(crate) async fn run(verb: BenchVerb, output: Output) -> Result<(), Failure> {
     let (run, work) = match verb {
         BenchVerb::Peers(args) => return peers::run(&args, output).await,
-        BenchVerb::Send(args) => (args.run.clone(), Work::send(&args)),
-        BenchVerb::Fanout(args) => (args.run.clone(), Work::fanout(&args, false)),
-        BenchVerb::Cursors(args) => (args.run.clone(), Work::fanout(&args, true)),
-        BenchVerb::Connect(args) => (args.run.clone(), Work::connect(&args)),
-        BenchVerb::Idle(args) => (args.run.clone(), Work::idle(&args)),
-        BenchVerb::Resume(args) => (args.run.clone(), Work::resume(&args)),
-        BenchVerb::History(args) => (args.run.clone(), Work::history(&args)),
-        BenchVerb::Mixed(args) => (args.run.clone(), Work::mixed(&args)),
+        BenchVerb::Send(args) => (args.run.clone(), work::send(&args)),
+        BenchVerb::Fanout(args) => (args.run.clone(), work::fanout(&args, false)),
+        BenchVerb::Cursors(args) => (args.run.clone(), work::fanout(&args, true)),
+        BenchVerb::Connect(args) => (args.run.clone(), work::connect(&args)),
+        BenchVerb::Idle(args) => (args.run.clone(), work::idle(&args)),
+        BenchVerb::Resume(args) => (args.run.clone(), work::resume(&args)),
+        BenchVerb::History(args) => (args.run.clone(), work::history(&args)),
+        BenchVerb::Mixed(args) => (args.run.clone(), work::mixed(&args)),
+        BenchVerb::Worker(args) => return Box::pin(worker::run(&args, output)).await,
         BenchVerb::Compare(args) => return compare(&args, output),
     };
     let stop = stop_signal()?;
@@ -58,11 +62,17 @@ fn warn(report: &Report, output: Output) {
     if machine.load_before > machine.cpus as f64 * 0.5 {
         output.news(&format!("the machine was not quiet before: load {}", machine.load_before));
     }
+    for worker in &report.workers {
+        if worker.machine.load_before > worker.machine.cpus as f64 * 0.5 {
+            output.news(&format!("{} was not quiet before: load {}", worker.address, worker.machine.load_before));
+        }
+    }
 }
 
 /// Finds or starts the cluster, and puts it under load.
 async fn measure(run: &RunArgs, work: &Work, output: Output) -> Result<Report, Failure> {
     raise_file_limit();
+    work::check(work).map_err(failure)?;
     let bar = output.spinner();
     let size = Size { brokers: run.brokers, gateways: run.gateways, shards: run.shards };
     let mut local = None;
@@ -79,9 +89,40 @@ async fn measure(run: &RunArgs, work: &Work, output: Output) -> Result<Report, F
     let timing = Timing { warm_up_s: run.warm_up, seconds: run.seconds, repeats: run.repeats };
     bar.set_message("preparing");
     let observer = observer(&bar, run.repeats);
-    let report = work.run(&target, cluster, timing, &observer).await;
+    let mut report = Report::begin(work.name(), cluster, &work.settings(), timing);
+    let led = match run.workers.is_empty() {
+        true => Box::pin(make(&mut report, &target, work, &observer)).await.map_err(failure),
+        false => Box::pin(lead(&mut report, &target, work, run, &observer)).await,
+    };
     bar.finish_and_clear();
-    report.map_err(failure)
+    led.map(|()| report)
+}
+
+/// Makes the load in this process.
+async fn make(report: &mut Report, target: &Target, work: &Work, observer: &Observer) -> Result<(), BenchError> {
+    let mut load = Box::pin(work.prepare(target, work::bodies)).await?;
+    let timing = report.timing;
+    let lead = async |crew: &mut workers::Crew<'_>| work::phases(crew, work, timing).await;
+    report.phases = workers::with(target, &mut load, work.rhythm(), observer, lead).await?;
+    load.close().await;
+    Ok(())
+}
+
+/// Leads workers that make it.
+async fn lead(
+    report: &mut Report,
+    target: &Target,
+    work: &Work,
+    run: &RunArgs,
+    observer: &Observer,
+) -> Result<(), Failure> {
+    let keys = worker::keys(target, &run.keys, "bench-coordinator")?;
+    let tls = keys.client().map_err(failure)?;
+    let all = Run { workers: &run.workers, tls: &tls, work, observer };
+    let (mut crew, found) = Box::pin(workers::gather(target, all)).await.map_err(failure)?;
+    report.workers = found;
+    report.phases = work::phases(&mut crew, work, report.timing).await.map_err(failure)?;
+    crew.dismiss().await.map_err(failure)
 }
 
 fn there_already(dir: &Path) -> Result<(Target, Cluster), Failure> {
@@ -130,6 +171,12 @@ fn raise_file_limit() {
 fn failure(error: BenchError) -> Failure {
     match error {
         BenchError::Settings(what) => Failure::Misuse(what),
+        busy @ BenchError::Busy { .. } => Failure::Refused(Refusal {
+            reason: workers::BUSY.into(),
+            message: busy.to_string(),
+            retryable: true,
+            last: 0,
+        }),
         other => Failure::failed(other),
     }
 }

@@ -25,6 +25,16 @@ pub(super) fn report(report: &Report, output: Output) -> Result<(), Failure> {
         }
     }
     output.table(&rows)?;
+    if !report.workers.is_empty() {
+        output.text("")?;
+        let mut workers = vec![["worker", "at", "CPUs", "load before"].map(str::to_owned).to_vec()];
+        workers.extend(report.workers.iter().map(|worker| {
+            let machine = &worker.machine;
+            let (cpus, load) = (machine.cpus.to_string(), number(machine.load_before));
+            vec![worker.process.clone(), worker.address.clone(), cpus, load]
+        }));
+        output.table(&workers)?;
+    }
     for phase in &report.phases {
         if report.phases.len() == 1 || phase.runs.len() > 1 {
             details(phase, output)?;

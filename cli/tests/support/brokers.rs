@@ -65,6 +65,10 @@ impl Brokers {
         self.run(&["cluster", verb, node], b"").well();
     }
 
+    pub(crate) fn dir(&self) -> &std::path::Path {
+        self.dir.path()
+    }
+
     pub(crate) fn data_dir(&self, broker: &str) -> PathBuf {
         self.dir.path().join(broker)
     }
