@@ -59,8 +59,10 @@ pub(super) struct State {
     drained: bool,
     /// It is in the endpoint's queue.
     queued: bool,
-    /// Something was written that was not sent yet.
+    /// Something was written while it was busy that nobody drove yet.
     pub(super) late: bool,
+    /// Its last turn left something to send.
+    owed: bool,
     /// When the endpoint's timers look at it: on their fine level and on their coarse one.
     near: Tick,
     far: Tick,
@@ -91,6 +93,7 @@ impl Core {
             drained: false,
             queued: false,
             late: false,
+            owed: false,
             near: NEVER,
             far: NEVER,
             deadline: None,
@@ -127,20 +130,20 @@ impl Core {
         self.busy.store(busy, Ordering::Relaxed);
     }
 
-    /// Like [`Self::act_if`]. A busy connection is driven later: when its reader waits again, at the latest by the
-    /// endpoint's task. So answers to frames that came together go out together.
+    /// Like [`Self::act_if`]. A busy connection is driven later: when its reader has nothing more, at the latest by
+    /// the endpoint's task. So answers to frames that came together go out together.
     pub(super) fn write<R>(self: &Arc<Self>, attempt: impl FnOnce(&mut State) -> (bool, R)) -> R {
-        if !self.busy.load(Ordering::Relaxed) {
-            return self.act_if(attempt);
-        }
         let mut state = self.state.lock();
         let (done, result) = attempt(&mut state);
-        state.late |= done;
-        let wake = done && !mem::replace(&mut state.queued, true) && self.endpoint.queue(self.clone(), false);
-        drop(state);
-        if wake {
-            self.endpoint.wake();
+        let mut woken = Woken::default();
+        if done && !self.busy.load(Ordering::Relaxed) {
+            woken = self.drive(&mut state);
+        } else if done {
+            state.late = true;
+            woken.task = !mem::replace(&mut state.queued, true) && self.endpoint.queue(self.clone(), false);
         }
+        drop(state);
+        self.wake(woken);
         result
     }
 
@@ -151,7 +154,11 @@ impl Core {
 
     /// Its next turn after it was queued.
     pub(super) fn turn(self: &Arc<Self>) {
-        self.act(|state| state.queued = false);
+        // Whoever drove it meanwhile may have sent everything.
+        self.act_if(|state| {
+            state.queued = false;
+            (state.late || state.owed, ())
+        });
     }
 
     /// The endpoint's timers look at it at `tick`, which is `now`.
@@ -213,7 +220,8 @@ impl Core {
             rest = self.transmit(state);
         }
         let mut woken = Self::events(state);
-        if rest != Rest::Nothing && !mem::replace(&mut state.queued, true) {
+        state.owed = rest != Rest::Nothing;
+        if state.owed && !mem::replace(&mut state.queued, true) {
             woken.task |= self.endpoint.queue(self.clone(), rest == Rest::Blocked);
         }
         state.deadline = state.proto.poll_timeout();
