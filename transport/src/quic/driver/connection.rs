@@ -117,11 +117,12 @@ impl Core {
     pub(super) fn act_if<R>(self: &Arc<Self>, attempt: impl FnOnce(&mut State) -> (bool, R)) -> R {
         let mut state = self.state.lock();
         let (done, result) = attempt(&mut state);
+        let mut woken = Woken::default();
         if done {
-            let woken = self.drive(&mut state);
-            drop(state);
-            self.wake(woken);
+            self.drive(&mut state, &mut woken);
         }
+        drop(state);
+        self.wake(woken);
         result
     }
 
@@ -137,10 +138,9 @@ impl Core {
         let (done, result) = attempt(&mut state);
         let mut woken = Woken::default();
         if done && !self.busy.load(Ordering::Relaxed) {
-            woken = self.drive(&mut state);
+            self.drive(&mut state, &mut woken);
         } else if done {
-            state.late = true;
-            woken.task = !mem::replace(&mut state.queued, true) && self.endpoint.queue(self.clone(), false);
+            self.drive_later(&mut state, &mut woken);
         }
         drop(state);
         self.wake(woken);
@@ -149,7 +149,22 @@ impl Core {
 
     /// Takes in what has come for it.
     pub(super) fn receive(self: &Arc<Self>, events: impl Iterator<Item = ConnectionEvent>) {
-        self.act(|state| events.for_each(|event| state.proto.handle_event(event)));
+        let (mut state, mut woken, mut count) = (self.state.lock(), Woken::default(), 0);
+        for event in events {
+            state.proto.handle_event(event);
+            count += 1;
+        }
+        if count > 1 {
+            // They are to be acknowledged at once. If somebody reads them, he may answer, in the same packet.
+            Self::events(&mut state, &mut woken);
+        }
+        if woken.reads() {
+            self.drive_later(&mut state, &mut woken);
+        } else {
+            self.drive(&mut state, &mut woken);
+        }
+        drop(state);
+        self.wake(woken);
     }
 
     /// Its next turn after it was queued.
@@ -176,7 +191,8 @@ impl Core {
             return;
         }
         state.proto.handle_timeout(now);
-        let woken = self.drive(&mut state);
+        let mut woken = Woken::default();
+        self.drive(&mut state, &mut woken);
         drop(state);
         self.wake(woken);
     }
@@ -212,21 +228,28 @@ impl Core {
         woken.wake();
     }
 
-    fn drive(self: &Arc<Self>, state: &mut State) -> Woken {
+    /// When its reader waits again or somebody writes, at the latest in the next turn of the endpoint's task.
+    fn drive_later(self: &Arc<Self>, state: &mut State, woken: &mut Woken) {
+        state.late = true;
+        if !mem::replace(&mut state.queued, true) {
+            woken.task |= self.endpoint.queue(self.clone(), false);
+        }
+    }
+
+    fn drive(self: &Arc<Self>, state: &mut State, woken: &mut Woken) {
         state.late = false;
         self.exchange(state);
         let mut rest = self.transmit(state);
         if self.exchange(state) && rest == Rest::Nothing {
             rest = self.transmit(state);
         }
-        let mut woken = Self::events(state);
+        Self::events(state, woken);
         state.owed = rest != Rest::Nothing;
         if state.owed && !mem::replace(&mut state.queued, true) {
             woken.task |= self.endpoint.queue(self.clone(), rest == Rest::Blocked);
         }
         state.deadline = state.proto.poll_timeout();
         woken.task |= self.arm(state);
-        woken
     }
 
     /// Passes events to the endpoint and its answers back. True if there was an answer.
@@ -277,8 +300,7 @@ impl Core {
         rest
     }
 
-    fn events(state: &mut State) -> Woken {
-        let mut woken = Woken::default();
+    fn events(state: &mut State, woken: &mut Woken) {
         while let Some(event) = state.proto.poll() {
             match event {
                 Event::Connected => {
@@ -287,12 +309,12 @@ impl Core {
                 }
                 Event::ConnectionLost { reason } => {
                     state.error.get_or_insert(reason);
-                    state.waiting.wake_all(&mut woken);
+                    state.waiting.wake_all(woken);
                 }
-                Event::Stream(StreamEvent::Readable { id }) => state.waiting.wake(Half::Receive, id, &mut woken),
+                Event::Stream(StreamEvent::Readable { id }) => state.waiting.wake(Half::Receive, id, woken),
                 Event::Stream(
                     StreamEvent::Writable { id } | StreamEvent::Finished { id } | StreamEvent::Stopped { id, .. },
-                ) => state.waiting.wake(Half::Send, id, &mut woken),
+                ) => state.waiting.wake(Half::Send, id, woken),
                 Event::Stream(StreamEvent::Opened { dir: Dir::Bi } | StreamEvent::Available { dir: Dir::Bi }) => {
                     woken.everybody = true;
                 }
@@ -302,7 +324,6 @@ impl Core {
                 | Event::DatagramsUnblocked => {}
             }
         }
-        woken
     }
 
     /// True if the endpoint's task is to be woken.
