@@ -30,6 +30,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
 const OWNED: &[(&str, &str)] = &[
     ("rocksdb", "raft-store"),
     ("quinn", "transport"),
+    ("quinn-proto", "transport"),
+    ("quinn-udp", "transport"),
     ("rustls", "transport"),
     ("tokio-rustls", "transport"),
     ("rcgen", "transport"),

@@ -122,7 +122,7 @@ impl FrameReader {
                     self.buffer = BytesMut::new();
                 }
                 if let Receive::Wire(receive) = &self.receive {
-                    receive.set_busy(!self.buffer.is_empty());
+                    receive.set_busy(self.holds_frame());
                 }
                 return Ok(Some(frame));
             }
@@ -131,6 +131,12 @@ impl FrameReader {
             }
             self.receive_more().await?;
         }
+    }
+
+    /// Whether another whole frame is at hand.
+    fn holds_frame(&self) -> bool {
+        let length = self.buffer.first_chunk().map(|&length| u32::from_le_bytes(length) as usize);
+        length.is_some_and(|length| self.buffer.len() - size_of::<u32>() >= length)
     }
 
     fn check_resume(&self) -> Result<(), BadFrame> {

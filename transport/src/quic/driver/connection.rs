@@ -59,8 +59,10 @@ pub(super) struct State {
     drained: bool,
     /// It is in the endpoint's queue.
     queued: bool,
-    /// Something was written that was not sent yet.
+    /// Something was written while it was busy that nobody drove yet.
     pub(super) late: bool,
+    /// Its last turn left something to send.
+    owed: bool,
     /// When the endpoint's timers look at it: on their fine level and on their coarse one.
     near: Tick,
     far: Tick,
@@ -91,6 +93,7 @@ impl Core {
             drained: false,
             queued: false,
             late: false,
+            owed: false,
             near: NEVER,
             far: NEVER,
             deadline: None,
@@ -114,11 +117,12 @@ impl Core {
     pub(super) fn act_if<R>(self: &Arc<Self>, attempt: impl FnOnce(&mut State) -> (bool, R)) -> R {
         let mut state = self.state.lock();
         let (done, result) = attempt(&mut state);
+        let mut woken = Woken::default();
         if done {
-            let woken = self.drive(&mut state);
-            drop(state);
-            self.wake(woken);
+            self.drive(&mut state, &mut woken);
         }
+        drop(state);
+        self.wake(woken);
         result
     }
 
@@ -127,31 +131,49 @@ impl Core {
         self.busy.store(busy, Ordering::Relaxed);
     }
 
-    /// Like [`Self::act_if`]. A busy connection is driven later: when its reader waits again, at the latest by the
-    /// endpoint's task. So answers to frames that came together go out together.
+    /// Like [`Self::act_if`]. A busy connection is driven later: when its reader has nothing more, at the latest by
+    /// the endpoint's task. So answers to frames that came together go out together.
     pub(super) fn write<R>(self: &Arc<Self>, attempt: impl FnOnce(&mut State) -> (bool, R)) -> R {
-        if !self.busy.load(Ordering::Relaxed) {
-            return self.act_if(attempt);
-        }
         let mut state = self.state.lock();
         let (done, result) = attempt(&mut state);
-        state.late |= done;
-        let wake = done && !mem::replace(&mut state.queued, true) && self.endpoint.queue(self.clone(), false);
-        drop(state);
-        if wake {
-            self.endpoint.wake();
+        let mut woken = Woken::default();
+        if done && !self.busy.load(Ordering::Relaxed) {
+            self.drive(&mut state, &mut woken);
+        } else if done {
+            self.drive_later(&mut state, &mut woken);
         }
+        drop(state);
+        self.wake(woken);
         result
     }
 
     /// Takes in what has come for it.
     pub(super) fn receive(self: &Arc<Self>, events: impl Iterator<Item = ConnectionEvent>) {
-        self.act(|state| events.for_each(|event| state.proto.handle_event(event)));
+        let (mut state, mut woken, mut count) = (self.state.lock(), Woken::default(), 0);
+        for event in events {
+            state.proto.handle_event(event);
+            count += 1;
+        }
+        if count > 1 {
+            // They are to be acknowledged at once. If somebody reads them, he may answer, in the same packet.
+            Self::events(&mut state, &mut woken);
+        }
+        if woken.reads() {
+            self.drive_later(&mut state, &mut woken);
+        } else {
+            self.drive(&mut state, &mut woken);
+        }
+        drop(state);
+        self.wake(woken);
     }
 
     /// Its next turn after it was queued.
     pub(super) fn turn(self: &Arc<Self>) {
-        self.act(|state| state.queued = false);
+        // Whoever drove it meanwhile may have sent everything.
+        self.act_if(|state| {
+            state.queued = false;
+            (state.late || state.owed, ())
+        });
     }
 
     /// The endpoint's timers look at it at `tick`, which is `now`.
@@ -169,7 +191,8 @@ impl Core {
             return;
         }
         state.proto.handle_timeout(now);
-        let woken = self.drive(&mut state);
+        let mut woken = Woken::default();
+        self.drive(&mut state, &mut woken);
         drop(state);
         self.wake(woken);
     }
@@ -205,20 +228,28 @@ impl Core {
         woken.wake();
     }
 
-    fn drive(self: &Arc<Self>, state: &mut State) -> Woken {
+    /// When its reader waits again or somebody writes, at the latest in the next turn of the endpoint's task.
+    fn drive_later(self: &Arc<Self>, state: &mut State, woken: &mut Woken) {
+        state.late = true;
+        if !mem::replace(&mut state.queued, true) {
+            woken.task |= self.endpoint.queue(self.clone(), false);
+        }
+    }
+
+    fn drive(self: &Arc<Self>, state: &mut State, woken: &mut Woken) {
         state.late = false;
         self.exchange(state);
         let mut rest = self.transmit(state);
         if self.exchange(state) && rest == Rest::Nothing {
             rest = self.transmit(state);
         }
-        let mut woken = Self::events(state);
-        if rest != Rest::Nothing && !mem::replace(&mut state.queued, true) {
+        Self::events(state, woken);
+        state.owed = rest != Rest::Nothing;
+        if state.owed && !mem::replace(&mut state.queued, true) {
             woken.task |= self.endpoint.queue(self.clone(), rest == Rest::Blocked);
         }
         state.deadline = state.proto.poll_timeout();
         woken.task |= self.arm(state);
-        woken
     }
 
     /// Passes events to the endpoint and its answers back. True if there was an answer.
@@ -269,8 +300,7 @@ impl Core {
         rest
     }
 
-    fn events(state: &mut State) -> Woken {
-        let mut woken = Woken::default();
+    fn events(state: &mut State, woken: &mut Woken) {
         while let Some(event) = state.proto.poll() {
             match event {
                 Event::Connected => {
@@ -279,12 +309,12 @@ impl Core {
                 }
                 Event::ConnectionLost { reason } => {
                     state.error.get_or_insert(reason);
-                    state.waiting.wake_all(&mut woken);
+                    state.waiting.wake_all(woken);
                 }
-                Event::Stream(StreamEvent::Readable { id }) => state.waiting.wake(Half::Receive, id, &mut woken),
+                Event::Stream(StreamEvent::Readable { id }) => state.waiting.wake(Half::Receive, id, woken),
                 Event::Stream(
                     StreamEvent::Writable { id } | StreamEvent::Finished { id } | StreamEvent::Stopped { id, .. },
-                ) => state.waiting.wake(Half::Send, id, &mut woken),
+                ) => state.waiting.wake(Half::Send, id, woken),
                 Event::Stream(StreamEvent::Opened { dir: Dir::Bi } | StreamEvent::Available { dir: Dir::Bi }) => {
                     woken.everybody = true;
                 }
@@ -294,7 +324,6 @@ impl Core {
                 | Event::DatagramsUnblocked => {}
             }
         }
-        woken
     }
 
     /// True if the endpoint's task is to be woken.

@@ -252,7 +252,7 @@ impl Endpoint {
                 }
                 if let Some(proto) = routing.incoming.pop_front() {
                     let (from, proven) = (proto.remote_address(), proto.remote_address_validated());
-                    return Some(Incoming { from, proven, proto: Some(proto.into()), endpoint: self.0.clone() });
+                    return Some(Incoming { from, proven, proto: Some(proto.into()), endpoint: self.clone() });
                 }
                 if routing.is_closed() {
                     return None;
@@ -316,7 +316,8 @@ pub(in crate::quic) struct Incoming {
     proven: bool,
     /// Boxed: it would be most of the memory of the task that holds it, to the end of the session.
     proto: Option<Box<quinn_proto::Incoming>>,
-    endpoint: Arc<Shared>,
+    /// Keeps the task until he is answered.
+    endpoint: Endpoint,
 }
 
 impl Incoming {
@@ -333,10 +334,14 @@ impl Incoming {
     pub(in crate::quic) fn accept(mut self) -> Result<Connection, ConnectionError> {
         let Some(incoming) = self.proto.take() else { return Err(abandoned()) };
         let mut response = Vec::new();
-        let mut routing = self.endpoint.routing.lock();
+        let mut routing = self.endpoint.0.routing.lock();
+        if self.endpoint.0.is_lost() {
+            routing.proto.ignore(*incoming);
+            return Err(abandoned());
+        }
         match routing.proto.accept(*incoming, Instant::now(), &mut response, None) {
             Ok((handle, proto)) => {
-                let connection = Core::begin(self.endpoint.clone(), handle, proto);
+                let connection = Core::begin(self.endpoint.0.clone(), handle, proto);
                 routing.insert(handle, &connection.0);
                 let closed = routing.closed.clone();
                 drop(routing);
@@ -349,7 +354,7 @@ impl Incoming {
             Err(error) => {
                 drop(routing);
                 if let Some(transmit) = &error.response {
-                    self.endpoint.respond(transmit, &response);
+                    self.endpoint.0.respond(transmit, &response);
                 }
                 Err(error.cause)
             }
@@ -360,8 +365,8 @@ impl Incoming {
     pub(in crate::quic) fn refuse(mut self) {
         if let Some(incoming) = self.proto.take() {
             let mut response = Vec::new();
-            let transmit = self.endpoint.routing.lock().proto.refuse(*incoming, &mut response);
-            self.endpoint.respond(&transmit, &response);
+            let transmit = self.endpoint.0.routing.lock().proto.refuse(*incoming, &mut response);
+            self.endpoint.0.respond(&transmit, &response);
         }
     }
 
@@ -369,9 +374,9 @@ impl Incoming {
     pub(in crate::quic) fn retry(mut self) {
         let Some(incoming) = self.proto.take() else { return };
         let mut response = Vec::new();
-        let retried = self.endpoint.routing.lock().proto.retry(*incoming, &mut response);
+        let retried = self.endpoint.0.routing.lock().proto.retry(*incoming, &mut response);
         match retried {
-            Ok(transmit) => self.endpoint.respond(&transmit, &response),
+            Ok(transmit) => self.endpoint.0.respond(&transmit, &response),
             // He has shown it before.
             Err(error) => self.proto = Some(error.into_incoming().into()),
         }
@@ -381,7 +386,7 @@ impl Incoming {
 impl Drop for Incoming {
     fn drop(&mut self) {
         if let Some(incoming) = self.proto.take() {
-            self.endpoint.routing.lock().proto.ignore(*incoming);
+            self.endpoint.0.routing.lock().proto.ignore(*incoming);
         }
     }
 }

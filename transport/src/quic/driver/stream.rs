@@ -56,7 +56,9 @@ impl SendHalf {
                 Ok(written) => return (true, Poll::Ready(Ok(written.chunks))),
                 Err(WriteError::Blocked) => {
                     state.waiting.wait(Half::Send, stream, context.waker());
-                    Poll::Pending
+                    // What fills the windows must not wait.
+                    self.connection.0.set_busy(false);
+                    return (state.late, Poll::Pending);
                 }
                 Err(WriteError::Stopped(code)) => Poll::Ready(Err(Unwritable::Stopped(code.into_inner()))),
                 Err(WriteError::ClosedStream) => Poll::Ready(Err(Unwritable::Finished)),

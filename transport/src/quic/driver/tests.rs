@@ -284,6 +284,26 @@ async fn a_caller_who_is_not_answered_is_forgotten_and_one_who_is_refused_is_tol
 }
 
 #[tokio::test]
+async fn a_caller_can_be_accepted_after_his_listener_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server_tls, client_tls) = keys(dir.path());
+    let listener = QuicListener::bind(ANY, &server_tls, QuicLimits::default()).unwrap();
+    let to = listener.local_addr();
+    let answer = async {
+        let incoming = listener.accept().await.unwrap();
+        drop(listener);
+        tokio::task::yield_now().await;
+        incoming.connect().await.unwrap()
+    };
+    let (server, client) = soon(async { tokio::join!(answer, connect(to, &client_tls)) }).await;
+    let client = client.unwrap();
+    // Nobody listens for further ones.
+    assert!(matches!(soon(connect(to, &client_tls)).await, Err(QuicError::Refused)));
+    drop(server);
+    assert!(matches!(soon(client.closed()).await, QuicError::ClosedByPeer { code: 0, .. }));
+}
+
+#[tokio::test]
 async fn a_stream_too_many_waits_for_the_end_of_another() {
     let dir = tempfile::tempdir().unwrap();
     let (server_tls, client_tls) = keys(dir.path());

@@ -110,6 +110,11 @@ impl Woken {
         }
     }
 
+    /// Whether somebody is among them who will read.
+    pub(super) fn reads(&self) -> bool {
+        self.receiver.is_some()
+    }
+
     /// Wakes the streams' owners. No lock may be held.
     pub(super) fn wake(self) {
         let wakers = self.receiver.into_iter().chain(self.sender).chain(self.others);
