@@ -64,6 +64,9 @@ pub struct BrokerConfig {
     pub store: StoreTuning,
 }
 
+/// A shard that was woken on purpose must not park before that is over.
+const PARK_AFTER_LEAST_MS: u64 = 500;
+
 fn park_after_ms() -> u64 {
     limits::PARK_AFTER_MS
 }
@@ -170,6 +173,9 @@ impl BrokerConfig {
     /// Checks what types cannot say.
     pub fn check(&self) -> Result<(), ConfigError> {
         let contradiction = |text: String| Err(ConfigError::Contradiction(text));
+        if (1..PARK_AFTER_LEAST_MS).contains(&self.park_after_ms) {
+            return contradiction(format!("`park_after_ms` is 0 or at least {PARK_AFTER_LEAST_MS}"));
+        }
         if self.broker.0 == 0 {
             return contradiction("`broker` counts from 1".into());
         }

@@ -17,7 +17,7 @@ pub(crate) fn led(node: &Node) -> Vec<Arc<HostedShard>> {
 /// Asks a successor for each of them; where there is none, this broker goes on leading.
 pub(crate) async fn all(node: &Node) {
     let led = led(node);
-    parking::settle(led.iter().map(|hosted| &**hosted)).await;
+    parking::settle(node, led.iter().map(|hosted| &**hosted)).await;
     for hosted in led {
         if let Some(successor) = successor(&hosted) {
             // An error means that the replica has stopped.

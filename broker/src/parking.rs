@@ -5,7 +5,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -42,6 +42,8 @@ const DRIFT: u32 = 10;
 const UNTOUCHED: Duration = Duration::from_secs(1);
 /// A shard that could not be parked is tried again so much later: a peer may be of an older version.
 const AGAIN: Duration = Duration::from_secs(10);
+/// All parked replicas are looked at every so many pulses.
+const AUDIT_ROUNDS: u32 = 14;
 /// Replicas that are looked at at a time.
 const CHECKS_AT_ONCE: usize = 64;
 
@@ -58,6 +60,8 @@ pub(crate) struct Idle {
     shard: ShardId,
     raft: Raft,
     state: AtomicU8,
+    /// Held while the state and the ticks change together.
+    change: Mutex<()>,
     used: AtomicBool,
     woken: Woken,
 }
@@ -69,14 +73,19 @@ impl Idle {
 
     /// It ticks again, and its leader says at once that it is there.
     pub(crate) fn wake(&self) {
-        let woken = self.state.compare_exchange(PARKED, WAKING, Ordering::AcqRel, Ordering::Acquire).is_ok();
-        if woken {
+        if !self.is_parked() {
+            return;
+        }
+        let changing = self.change.lock();
+        if self.is_parked() {
             self.used.store(true, Ordering::Relaxed);
+            self.state.store(WAKING, Ordering::Release);
             // Polled once: a full queue or a stopped replica sends none, and the next pulse does. A follower sends none.
             let _ = tokio::task::unconstrained(self.raft.trigger().heartbeat()).now_or_never();
             self.raft.runtime_config().tick(true);
             self.woken.lock().push(self.shard);
         }
+        drop(changing);
     }
 
     /// The leader is going to do something: returns when a quorum has answered it since it woke, or one lease later.
@@ -94,8 +103,10 @@ impl Idle {
     }
 
     fn park(&self) {
+        let changing = self.change.lock();
         self.state.store(PARKED, Ordering::Release);
         self.raft.runtime_config().tick(false);
+        drop(changing);
     }
 }
 
@@ -106,6 +117,9 @@ pub(crate) struct Parking {
     after: Option<Duration>,
     tables: Mutex<Tables>,
     woken: Woken,
+    /// What must wake with the next pulse.
+    must_wake: Mutex<Vec<ShardId>>,
+    rounds: AtomicU32,
 }
 
 struct Tables {
@@ -131,12 +145,19 @@ impl Parking {
         let leads = Rules { lease: LEASE - LEASE / DRIFT, ..follows };
         let tables =
             Tables { leads: Leads::new(leads, first_list), follows: Follows::new(follows), quiet: HashMap::new() };
-        Self { origin: Instant::now(), after, tables: Mutex::new(tables), woken: Woken::default() }
+        Self {
+            origin: Instant::now(),
+            after,
+            tables: Mutex::new(tables),
+            woken: Woken::default(),
+            must_wake: Mutex::default(),
+            rounds: AtomicU32::new(0),
+        }
     }
 
     pub(crate) fn idle(&self, shard: ShardId, raft: Raft) -> Arc<Idle> {
         let (state, used) = (AtomicU8::new(AWAKE), AtomicBool::new(false));
-        Arc::new(Idle { shard, raft, state, used, woken: self.woken.clone() })
+        Arc::new(Idle { shard, raft, state, change: Mutex::default(), used, woken: self.woken.clone() })
     }
 
     fn now(&self) -> Duration {
@@ -148,12 +169,17 @@ impl Parking {
         self.tables.lock().leads.lease_left(self.now(), shard)
     }
 
-    /// Whether votes for the shard must neither be given nor asked for now: its leader counts on it. Whoever asks wakes
-    /// the replica then.
+    /// Whether votes for the shard must neither be given nor asked for now: its leader counts on it. Either way the replica
+    /// wakes soon.
     pub(crate) fn refuses(&self, shard: ShardId) -> bool {
         let (now, mut tables) = (self.now(), self.tables.lock());
         let leads = !tables.leads.lease_left(now, shard).is_zero();
-        tables.follows.refuses(now, shard) || leads
+        let asked = tables.follows.refuses(now, shard);
+        drop(tables);
+        if leads || asked.woke {
+            self.must_wake.lock().push(shard);
+        }
+        asked.refused || leads
     }
 
     /// How many replicas are parked here.
@@ -186,12 +212,32 @@ pub(crate) fn round(node: &Node) {
             tables.quiet.insert(shard, Quiet { term: 0, last_index: 0, since: now + AGAIN, touched: true });
         }
         must.extend(tables.follows.silent(now));
+        must.append(&mut parking.must_wake.lock());
         must
     };
     wake(node, must);
-    let (Some(after), Some(view)) = (parking.after, node.meta.view()) else { return };
+    if parking.rounds.fetch_add(1, Ordering::Relaxed).is_multiple_of(AUDIT_ROUNDS) {
+        audit(node);
+    }
+    let Some(after) = parking.after else { return };
     for hosted in node.all_hosted().iter().filter(|hosted| hosted.shard != META_SHARD && !hosted.idle.is_parked()) {
+        // Read for each: a placement that changes after this is seen by whoever looks for shards that are not settled.
+        let Some(view) = node.meta.view() else { return };
         park_if_quiet(parking, &view, hosted, (now, after));
+    }
+}
+
+/// A replica that does not tick although nobody keeps it parked would never stand for election again. None should be found.
+fn audit(node: &Node) {
+    let parking = &node.links.parking;
+    for hosted in node.all_hosted().iter().filter(|hosted| hosted.idle.is_parked()) {
+        let kept = {
+            let tables = parking.tables.lock();
+            tables.leads.keeps(hosted.shard) || tables.follows.keeps(hosted.shard)
+        };
+        if !kept {
+            hosted.idle.wake();
+        }
     }
 }
 
@@ -291,17 +337,16 @@ async fn ask(node: &Node, peer: BrokerId, told: Told) {
         digest: told.digest,
     });
     let answer = tokio::time::timeout(LEASE, link.ask(route, message)).await;
-    let parking = &node.links.parking;
-    let woken = match answer {
+    match answer {
         Ok(Ok(Message::ParkedAnswer(answer))) => {
             let internal::ParkedAnswer { list, round, agreed, withdrawn } = answer;
             let withdrawn = withdrawn.into_iter().map(ShardId).collect();
-            parking.tables.lock().leads.answered(peer, &Confirmed { list, round, agreed, withdrawn })
+            let answer = Confirmed { list, round, agreed, withdrawn };
+            node.links.parking.tables.lock().leads.answered(peer, &answer);
         }
         // The stream is gone, and the next one begins with a new list; or the peer knows nothing of parking.
-        Ok(Err(LinkError::NotConnected(_) | LinkError::Broken(_) | LinkError::Refused(..)) | Ok(_)) | Err(_) => return,
-    };
-    wake(node, woken);
+        Ok(Err(LinkError::NotConnected(_) | LinkError::Broken(_) | LinkError::Refused(..)) | Ok(_)) | Err(_) => {}
+    }
 }
 
 /// Work that a peer's message asks for; what it says has been taken note of already, in the order of messages.
@@ -322,7 +367,7 @@ pub(crate) fn told(
         bring_up_to_date(parking, &mut tables);
         tables.follows.told(now, leader, &told)
     };
-    wake(&node, todo.wake);
+    node.links.parking.must_wake.lock().extend(todo.wake);
     async move {
         let parking = &node.links.parking;
         let checks = stream::iter(todo.park).map(|park| {
@@ -332,7 +377,10 @@ pub(crate) fn told(
         });
         let mut checks = checks.buffer_unordered(CHECKS_AT_ONCE);
         while let Some((shard, parked)) = checks.next().await {
-            parking.tables.lock().follows.checked(parking.now(), leader, shard, parked);
+            let kept = parking.tables.lock().follows.checked(leader, (list, round), shard, parked);
+            if !kept {
+                wake(&node, [shard]);
+            }
         }
         let Confirmed { list, round, agreed, withdrawn } = parking.tables.lock().follows.confirm(leader, list, round);
         let withdrawn = withdrawn.into_iter().map(|shard| shard.0).collect();
@@ -354,20 +402,17 @@ async fn follow(node: &Node, park: Park, leader: Option<ReplicaId>) -> bool {
         of_leader && follower && index(state.log_ids.last()) && index(state.local_committed())
     });
     let follows = follows.await.unwrap_or(false);
-    if !follows {
-        hosted.idle.wake();
-    }
     follows
 }
 
-/// For whoever takes the leadership away on purpose: returns when the others have heard that the shard is awake.
-pub(crate) async fn settle(hosted: impl IntoIterator<Item = &HostedShard>) {
-    let mut parked = false;
+/// For whoever takes the leadership away on purpose: returns when the others have heard that the shards are awake, and none
+/// of them parks in the next moments. One that has woken by itself a moment ago is not known to be awake either.
+pub(crate) async fn settle(node: &Node, hosted: impl IntoIterator<Item = &HostedShard>) {
     for hosted in hosted {
-        parked |= hosted.idle.is_parked();
         hosted.idle.wake();
+        hosted.idle.used.store(true, Ordering::Relaxed);
     }
-    if parked {
+    if node.links.parking.after.is_some() {
         tokio::time::sleep(2 * HEARTBEAT).await;
     }
 }

@@ -47,6 +47,8 @@ pub(crate) fn config(shard: ShardId, elect: bool) -> Result<Arc<Config>, openraf
         // Checkpoints and purges are ours alone (docs/storage.md, "Checkpoints").
         snapshot_policy: SnapshotPolicy::Never,
         max_in_snapshot_log_to_keep: u64::MAX,
+        // A shard that wakes has had no answer for long: its first heartbeats must go out all the same.
+        quorum_loss_probe_interval: None,
         // Only a purged log makes a follower need a snapshot.
         replication_lag_threshold: u64::MAX,
         max_payload_entries: MAX_PAYLOAD_ENTRIES,
@@ -68,6 +70,7 @@ mod tests {
         assert_eq!(config.enable_pre_vote, Some(true));
         assert_eq!(config.snapshot_policy, SnapshotPolicy::Never);
         assert_eq!(config.max_in_snapshot_log_to_keep, u64::MAX);
+        assert_eq!(config.quorum_loss_probe_interval, None);
         assert!(!config.enable_elect);
         assert_eq!(LEASE, Duration::from_millis(config.election_timeout_max));
     }

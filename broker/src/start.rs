@@ -40,7 +40,7 @@ use crate::{
     gateway_service::{self, GatewayService},
     hand_over, join, membership,
     metrics::Metrics,
-    network::{Links, server::PeerService},
+    network::{Links, link::Lane, server::PeerService},
     node::{Node, NodeParts},
     parking::Parking,
     pulse,
@@ -167,7 +167,7 @@ fn begin(
     let known: Arc<OnceLock<Weak<Node>>> = Arc::default();
     let on_connect = {
         let known = known.clone();
-        move |peer| reset_backoff(&known, peer)
+        move |peer, lane| reset_backoff(&known, peer, lane)
     };
     let parking = Arc::new(Parking::new(config.park_after(), host.wall_ms() << 20));
     let links = Links::start(
@@ -224,11 +224,13 @@ fn check_directory(config: &BrokerConfig, identity: Option<&Identity>) -> Result
 }
 
 /// A peer is back: whatever waited before trying it again need not wait longer.
-fn reset_backoff(known: &OnceLock<Weak<Node>>, peer: BrokerId) {
+fn reset_backoff(known: &OnceLock<Weak<Node>>, peer: BrokerId, lane: Lane) {
     let Some(node) = known.get().and_then(Weak::upgrade) else { return };
     let asked = node.clone();
     asked.spawn(async move {
-        node.links.parking.connected(peer);
+        if lane == Lane::Control {
+            node.links.parking.connected(peer);
+        }
         for hosted in node.all_hosted().iter().filter(|hosted| hosted.leadership().leads) {
             let replicas: Vec<_> = hosted.raft.voter_ids().chain(hosted.raft.learner_ids()).collect();
             let back = replicas.into_iter().filter(|replica| replica.broker == peer);

@@ -185,6 +185,11 @@ impl Leads {
         self.shards.is_empty()
     }
 
+    /// Whether the shard is kept parked.
+    pub fn keeps(&self, shard: ShardId) -> bool {
+        self.shards.contains_key(&shard)
+    }
+
     /// The shard stops ticking here; the brokers with its other replicas are to follow. `voters`: how many it has in all.
     pub fn park(&mut self, now: Duration, park: Park, others: Vec<BrokerId>, voters: usize) {
         self.wake(park.shard);
@@ -194,7 +199,9 @@ impl Leads {
             list.shards.insert(park.shard, (park, 0));
             list.untold.push_back(park.shard);
         }
-        self.pending.insert(park.shard);
+        if !others.is_empty() {
+            self.pending.insert(park.shard);
+        }
         self.shards.insert(park.shard, Kept { since: now, others, needed: voters / 2 });
     }
 
@@ -215,32 +222,26 @@ impl Leads {
         self.peers.get_mut(&peer)?.tell(now)
     }
 
-    /// A peer answered. Returns the shards that must wake.
-    #[must_use]
-    pub fn answered(&mut self, peer: BrokerId, answer: &Confirmed) -> Vec<ShardId> {
-        let Some(list) = self.peers.get_mut(&peer).filter(|list| list.number == answer.list) else {
-            return Vec::new();
-        };
+    /// A peer answered. What it has woken wakes here soon.
+    pub fn answered(&mut self, peer: BrokerId, answer: &Confirmed) {
+        let Some(list) = self.peers.get_mut(&peer).filter(|list| list.number == answer.list) else { return };
         if !answer.agreed {
-            self.forget(peer);
-            return Vec::new();
+            return self.forget(peer);
         }
-        let Some(&(round, at)) = list.sent.iter().find(|(round, _)| *round == answer.round) else {
-            return Vec::new();
-        };
+        let Some(&(round, at)) = list.sent.iter().find(|(round, _)| *round == answer.round) else { return };
         list.sent.retain(|(sent, _)| *sent > round);
         if list.confirmed.is_none_or(|(newest, _)| newest < round) {
             list.confirmed = Some((round, at));
         }
         let told = |shard: &&ShardId| list.shards.get(shard).is_some_and(|(_, told)| (1..=round).contains(told));
         let withdrawn: Vec<ShardId> = answer.withdrawn.iter().filter(told).copied().collect();
-        withdrawn.iter().for_each(|&shard| self.wake(shard));
+        withdrawn.iter().for_each(|shard| _ = list.shards.get_mut(shard).map(|(_, told)| *told = u64::MAX));
+        self.doubtful.extend(withdrawn);
         let Self { pending, shards, peers, .. } = self;
         pending.retain(|shard| {
             let confirmed = |peer| peers.get(peer).is_some_and(|list: &List| list.confirmed_at(*shard).is_some());
             shards.get(shard).is_some_and(|kept| !kept.others.iter().all(confirmed))
         });
-        withdrawn
     }
 
     /// A peer may have missed something: it is told a new list, which begins empty, and what it shares wakes soon.
@@ -291,8 +292,10 @@ impl Leads {
 pub struct Follows {
     rules: Rules,
     lists: BTreeMap<BrokerId, Followed>,
-    /// Until when no vote is given or asked for.
-    gates: BTreeMap<ShardId, Duration>,
+    /// Until when no vote is given or asked for, by whom that was promised.
+    gates: BTreeMap<(ShardId, BrokerId), Duration>,
+    /// Parked under a list that is gone.
+    orphans: BTreeSet<ShardId>,
 }
 
 #[derive(Debug, Default)]
@@ -307,8 +310,8 @@ struct Followed {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// It is being looked whether it can be parked. No votes from here on.
-    Asked,
+    /// It is being looked whether it can be parked, since this round. No votes from here on.
+    Asked(u64),
     Parked,
     /// It ticks.
     Withdrawn,
@@ -319,14 +322,23 @@ enum State {
 pub struct Todo {
     /// Look whether this replica has these logs, under this leader, and park them. Then say so to [`Follows::checked`].
     pub park: Vec<Park>,
-    /// Let these tick.
+    /// Let these tick soon: their leader's own message, which is on its way, had better come first.
     pub wake: Vec<ShardId>,
+}
+
+/// What becomes of a request for votes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asked {
+    /// It must not be granted, nor be sent.
+    pub refused: bool,
+    /// The replica was parked and must tick again: it may have to grant one later.
+    pub woke: bool,
 }
 
 impl Follows {
     /// Nothing is parked yet.
     pub fn new(rules: Rules) -> Self {
-        Self { rules, lists: BTreeMap::new(), gates: BTreeMap::new() }
+        Self { rules, lists: BTreeMap::new(), gates: BTreeMap::new(), orphans: BTreeSet::new() }
     }
 
     /// How many shards are parked.
@@ -335,17 +347,23 @@ impl Follows {
         self.lists.values().map(parked).sum()
     }
 
+    /// Whether a replica may be parked: whoever finds another one parked must let it tick.
+    pub fn keeps(&self, shard: ShardId) -> bool {
+        let kept = |list: &Followed| list.shards.get(&shard).is_some_and(|(_, state)| *state != State::Withdrawn);
+        self.orphans.contains(&shard) || self.lists.values().any(kept)
+    }
+
     /// A leader's message came.
     #[must_use]
     pub fn told(&mut self, now: Duration, leader: BrokerId, told: &Told) -> Todo {
         let mut todo = Todo::default();
         if self.lists.get(&leader).is_some_and(|list| list.number != told.list) {
-            todo.wake = self.drop_list(leader);
+            self.drop_list(leader);
         }
         let list = self.lists.entry(leader).or_default();
         if told.round != list.round + 1 {
             // Something was lost, or comes late: what it takes out may have been added again since.
-            todo.wake.extend(self.drop_list(leader));
+            self.drop_list(leader);
             return todo;
         }
         (list.number, list.round, list.heard) = (told.list, told.round, now);
@@ -353,13 +371,14 @@ impl Follows {
             if let Some((term, state)) = list.shards.remove(shard) {
                 // Its leader has given it up itself and now counts on what Raft says. A message of an older list says
                 // nothing of that.
-                self.gates.remove(shard);
+                self.gates.remove(&(*shard, leader));
                 list.digest ^= digest_of(*shard, term);
                 todo.wake.extend((state != State::Withdrawn).then_some(*shard));
             }
         }
         for park in &told.parks {
-            if let Some((term, _)) = list.shards.insert(park.shard, (park.term, State::Asked)) {
+            self.orphans.remove(&park.shard);
+            if let Some((term, _)) = list.shards.insert(park.shard, (park.term, State::Asked(told.round))) {
                 list.digest ^= digest_of(park.shard, term);
             }
             list.digest ^= digest_of(park.shard, park.term);
@@ -367,66 +386,73 @@ impl Follows {
         }
         if list.digest != told.digest || list.shards.len() > PARKED_MOST {
             todo.park.clear();
-            todo.wake.extend(self.drop_list(leader));
+            self.drop_list(leader);
         }
         todo
     }
 
-    /// Whether a shard that was to be parked is.
-    pub fn checked(&mut self, now: Duration, leader: BrokerId, shard: ShardId, parked: bool) {
-        let Some((_, state)) = self.lists.get_mut(&leader).and_then(|list| list.shards.get_mut(&shard)) else {
-            return;
-        };
-        match (*state, parked) {
-            (State::Asked, true) => *state = State::Parked,
-            (State::Asked, false) => {
-                *state = State::Withdrawn;
-                // Nothing was confirmed: nobody counts on it.
-                self.gates.entry(shard).or_insert(now);
-            }
-            _ => {}
+    /// Whether a shard that a message wanted parked is. False: it must tick.
+    #[must_use]
+    pub fn checked(&mut self, leader: BrokerId, (list, round): (u64, u64), shard: ShardId, parked: bool) -> bool {
+        let list = self.lists.get_mut(&leader).filter(|known| known.number == list);
+        // What was asked since then has a check of its own.
+        if let Some((_, state)) = list.and_then(|list| list.shards.get_mut(&shard))
+            && *state == State::Asked(round)
+        {
+            // One that could not be parked was never confirmed: nobody counts on it.
+            *state = if parked { State::Parked } else { State::Withdrawn };
         }
+        parked && self.keeps(shard)
     }
 
-    /// The answer to a message, when all that it added was checked.
+    /// The answer to a message. It speaks for the last one of which everything was checked.
     pub fn confirm(&self, leader: BrokerId, list: u64, round: u64) -> Confirmed {
         let known = self.lists.get(&leader).filter(|known| known.number == list);
         let Some(known) = known else { return Confirmed { list, round, ..Confirmed::default() } };
-        let awake = known.shards.iter().filter(|(_, (_, state))| *state != State::Parked);
+        let unchecked = known.shards.values().filter_map(|(_, state)| match state {
+            State::Asked(round) => Some(round.saturating_sub(1)),
+            State::Parked | State::Withdrawn => None,
+        });
+        // A message that was not taken may be asked about after an older one was.
+        let round = unchecked.min().unwrap_or(round).min(round).min(known.round);
+        let awake = known.shards.iter().filter(|(_, (_, state))| *state == State::Withdrawn);
         Confirmed { list, round, agreed: true, withdrawn: awake.map(|(shard, _)| *shard).collect() }
     }
 
     /// The replica ticks again, for whatever reason.
     pub fn woken(&mut self, shard: ShardId) {
-        let Self { rules, lists, gates } = self;
-        for list in lists.values_mut() {
+        self.orphans.remove(&shard);
+        let Self { rules, lists, gates, .. } = self;
+        for (leader, list) in lists {
             let until = list.kept_until(rules);
             if let Some((_, state)) = list.shards.get_mut(&shard).filter(|(_, state)| *state != State::Withdrawn) {
                 *state = State::Withdrawn;
-                close(gates, shard, until);
+                gates.insert((shard, *leader), until);
             }
         }
     }
 
-    /// Whether votes for another leader of the shard must neither be given nor be asked for now. If so the replica must
-    /// tick again: it may have to give one later.
+    /// Whether votes for another leader of the shard must neither be given nor be asked for now.
     #[must_use]
-    pub fn refuses(&mut self, now: Duration, shard: ShardId) -> bool {
+    pub fn refuses(&mut self, now: Duration, shard: ShardId) -> Asked {
+        let woke = self.keeps(shard);
         self.woken(shard);
-        self.gates.get(&shard).is_some_and(|until| now < *until)
+        let mut gates = self.gates.range((shard, BrokerId(0))..=(shard, BrokerId(u32::MAX)));
+        Asked { refused: gates.any(|(_, until)| now < *until), woke }
     }
 
-    /// The next shards that must tick again because their leader has been silent; and forgets what is over.
+    /// The next shards that must tick again because their leader has been silent, or has begun anew; and forgets what is
+    /// over.
     #[must_use]
     pub fn silent(&mut self, now: Duration) -> Vec<ShardId> {
-        let mut woken = Vec::new();
-        let Self { rules, lists, gates } = self;
-        for list in lists.values_mut().filter(|list| now.saturating_sub(list.heard) > rules.silence) {
+        let Self { rules, lists, gates, orphans } = self;
+        let mut woken: Vec<ShardId> = std::iter::from_fn(|| orphans.pop_first()).take(WAKES_AT_ONCE).collect();
+        for (leader, list) in lists.iter_mut().filter(|(_, list)| now.saturating_sub(list.heard) > rules.silence) {
             let until = list.kept_until(rules);
             let parked = list.shards.iter_mut().filter(|(_, (_, state))| *state != State::Withdrawn);
             for (shard, (_, state)) in parked.take(WAKES_AT_ONCE) {
                 *state = State::Withdrawn;
-                close(gates, *shard, until);
+                gates.insert((*shard, *leader), until);
                 woken.push(*shard);
             }
         }
@@ -434,14 +460,14 @@ impl Follows {
         woken
     }
 
-    /// Forgets a leader's list. What was parked must tick again.
-    fn drop_list(&mut self, leader: BrokerId) -> Vec<ShardId> {
-        let Some(list) = self.lists.remove(&leader) else { return Vec::new() };
+    /// Forgets a leader's list. What was parked ticks again soon.
+    fn drop_list(&mut self, leader: BrokerId) {
+        let Some(list) = self.lists.remove(&leader) else { return };
         let until = list.kept_until(&self.rules);
-        let parked = list.shards.into_iter().filter(|(_, (_, state))| *state != State::Withdrawn);
-        let parked: Vec<ShardId> = parked.map(|(shard, _)| shard).collect();
-        parked.iter().for_each(|&shard| close(&mut self.gates, shard, until));
-        parked
+        for (shard, _) in list.shards.into_iter().filter(|(_, (_, state))| *state != State::Withdrawn) {
+            self.gates.insert((shard, leader), until);
+            self.orphans.insert(shard);
+        }
     }
 }
 
@@ -450,11 +476,6 @@ impl Followed {
     fn kept_until(&self, rules: &Rules) -> Duration {
         self.heard + rules.lease
     }
-}
-
-fn close(gates: &mut BTreeMap<ShardId, Duration>, shard: ShardId, until: Duration) {
-    let gate = gates.entry(shard).or_insert(until);
-    *gate = (*gate).max(until);
 }
 
 #[cfg(test)]

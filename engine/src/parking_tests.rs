@@ -1,7 +1,7 @@
 //! A leader and its followers over ways that delay, lose and reorder. Must fail when a leader may count on a lease that a
 //! follower does not keep.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
@@ -27,6 +27,8 @@ fn park(shard: u32, term: u64) -> Park {
 /// One message, and the answer that is under way.
 enum OnTheWay {
     Told(BrokerId, Told),
+    /// It is looked whether these can be parked; the answer to a message of this list and round comes after that.
+    Check(BrokerId, Vec<Park>, u64, u64),
     Answer(BrokerId, Confirmed),
 }
 
@@ -35,6 +37,8 @@ struct World {
     leads: Leads,
     follows: BTreeMap<BrokerId, Follows>,
     way: Vec<OnTheWay>,
+    /// Replicas that do not tick.
+    still: BTreeSet<(BrokerId, ShardId)>,
     /// Whether a follower's replica can be parked.
     fits: bool,
 }
@@ -42,7 +46,14 @@ struct World {
 impl World {
     fn new() -> Self {
         let follows = PEERS.map(|peer| (peer, Follows::new(RULES))).into();
-        Self { now: ms(5_000), leads: Leads::new(RULES, 40), follows, way: Vec::new(), fits: true }
+        Self {
+            now: ms(5_000),
+            leads: Leads::new(RULES, 40),
+            follows,
+            way: Vec::new(),
+            still: BTreeSet::new(),
+            fits: true,
+        }
     }
 
     fn follower(&mut self, peer: BrokerId) -> &mut Follows {
@@ -53,9 +64,18 @@ impl World {
         for peer in PEERS {
             self.way.extend(self.leads.tell(self.now, peer).map(|told| OnTheWay::Told(peer, told)));
             let now = self.now;
-            let _ = self.follower(peer).silent(now);
+            let woken = self.follower(peer).silent(now);
+            self.tick(peer, woken);
         }
         let _ = self.leads.lapsed(self.now);
+    }
+
+    fn tick(&mut self, peer: BrokerId, shards: impl IntoIterator<Item = ShardId>) {
+        for shard in shards {
+            if self.still.remove(&(peer, shard)) {
+                self.follower(peer).woken(shard);
+            }
+        }
     }
 
     fn deliver(&mut self, at: usize) {
@@ -65,13 +85,21 @@ impl World {
         let (now, fits) = (self.now, self.fits);
         match self.way.remove(at % self.way.len()) {
             OnTheWay::Told(peer, told) => {
-                let follower = self.follower(peer);
-                let todo = follower.told(now, LEADER, &told);
-                todo.park.iter().for_each(|park| follower.checked(now, LEADER, park.shard, fits));
-                let answer = follower.confirm(LEADER, told.list, told.round);
+                let todo = self.follower(peer).told(now, LEADER, &told);
+                self.tick(peer, todo.wake);
+                self.way.push(OnTheWay::Check(peer, todo.park, told.list, told.round));
+            }
+            OnTheWay::Check(peer, parks, list, round) => {
+                for park in parks {
+                    self.still.insert((peer, park.shard));
+                    if !self.follower(peer).checked(LEADER, (list, round), park.shard, fits) {
+                        self.tick(peer, [park.shard]);
+                    }
+                }
+                let answer = self.follower(peer).confirm(LEADER, list, round);
                 self.way.push(OnTheWay::Answer(peer, answer));
             }
-            OnTheWay::Answer(peer, answer) => drop(self.leads.answered(peer, &answer)),
+            OnTheWay::Answer(peer, answer) => self.leads.answered(peer, &answer),
         }
     }
 
@@ -86,6 +114,13 @@ impl World {
         }
     }
 
+    /// Nobody stands still whom nobody keeps: he would never stand for election again.
+    fn check_ticks(&self) {
+        for (peer, shard) in &self.still {
+            assert!(self.follows[peer].keeps(*shard), "{shard} does not tick at {peer}, and nobody knows");
+        }
+    }
+
     /// Where the leader counts on its lease, a quorum must be impossible without it: of two followers one keeps it.
     fn check(&mut self) {
         for shard in (0..SHARDS).map(ShardId) {
@@ -95,7 +130,8 @@ impl World {
             let keeps = |follower: &Follows| {
                 let parked = follower.lists.values().filter_map(|list| list.shards.get(&shard));
                 let parked = parked.into_iter().any(|(_, state)| *state != State::Withdrawn);
-                parked || follower.gates.get(&shard).is_some_and(|until| self.now < *until)
+                let gates = follower.gates.range((shard, BrokerId(0))..=(shard, BrokerId(u32::MAX)));
+                parked || gates.into_iter().any(|(_, until)| self.now < *until)
             };
             assert!(self.follows.values().any(keeps), "{shard}: a quorum may elect another leader at {:?}", self.now);
         }
@@ -149,10 +185,12 @@ proptest! {
                 }
                 Op::Wake(shard) => world.leads.wake(ShardId(shard)),
                 Op::Vote(peer, shard) => {
-                    let now = world.now;
-                    let _ = world.follower(PEERS[peer]).refuses(now, ShardId(shard));
+                    let (now, peer) = (world.now, PEERS[peer]);
+                    if world.follower(peer).refuses(now, ShardId(shard)).woke {
+                        world.tick(peer, [ShardId(shard)]);
+                    }
                 }
-                Op::Append(peer, shard) => world.follower(PEERS[peer]).woken(ShardId(shard)),
+                Op::Append(peer, shard) => world.tick(PEERS[peer], [ShardId(shard)]),
                 Op::Pulse => world.pulse(),
                 Op::Deliver(at) => world.deliver(at),
                 Op::Lose(at) => if !world.way.is_empty() {
@@ -163,13 +201,16 @@ proptest! {
                     // A process that begins helps nobody to a leadership for a lease (`FIRST_LEASE`).
                     let mut begun = Follows::new(RULES);
                     let until = world.now + RULES.lease;
-                    (0..SHARDS).for_each(|shard| _ = begun.gates.insert(ShardId(shard), until));
+                    (0..SHARDS).for_each(|shard| _ = begun.gates.insert((ShardId(shard), LEADER), until));
                     world.follows.insert(PEERS[peer], begun);
+                    world.still.retain(|(still, _)| *still != PEERS[peer]);
+                    world.way.retain(|way| !matches!(way, OnTheWay::Check(at, ..) if *at == PEERS[peer]));
                 }
                 Op::Fits(fits) => world.fits = fits,
                 Op::Time(passed) => world.now += ms(passed),
             }
             world.check();
+            world.check_ticks();
         }
         // Whatever happened, both sides come to agree, and what stays parked is confirmed.
         world.fits = true;
@@ -195,7 +236,7 @@ fn a_parked_shard_is_led_as_long_as_one_of_two_confirms() {
     // The other is gone for good.
     for _ in 0..20 {
         world.pulse();
-        world.way.retain(|way| matches!(way, OnTheWay::Told(peer, _) | OnTheWay::Answer(peer, _) if *peer == PEERS[0]));
+        world.way.retain(|way| matches!(way, OnTheWay::Told(peer, _) if *peer == PEERS[0]));
         while !world.way.is_empty() {
             world.deliver(0);
         }
@@ -216,16 +257,17 @@ fn a_vote_is_refused_for_one_lease_and_wakes_everybody() {
     world.leads.park(world.now, park(0, 1), PEERS.to_vec(), 3);
     world.calm(2);
     let (now, told) = (world.now, world.now - ms(150));
-    assert!(world.follower(PEERS[0]).refuses(now, ShardId(0)));
-    assert!(world.follower(PEERS[0]).refuses(told + ms(999), ShardId(0)));
-    assert!(!world.follower(PEERS[0]).refuses(told + ms(1_000), ShardId(0)));
-    assert!(!world.follower(PEERS[0]).refuses(now, ShardId(1)), "a shard that is not parked is Raft's own affair");
-    world.calm(1);
+    assert_eq!(world.follower(PEERS[0]).refuses(now, ShardId(0)), Asked { refused: true, woke: true });
+    assert_eq!(world.follower(PEERS[0]).refuses(told + ms(999), ShardId(0)), Asked { refused: true, woke: false });
+    assert!(!world.follower(PEERS[0]).refuses(told + ms(1_000), ShardId(0)).refused);
+    let other = world.follower(PEERS[0]).refuses(now, ShardId(1));
+    assert!(!other.refused && !other.woke, "a shard that is not parked is Raft's own affair");
+    world.calm(2);
     assert!(world.leads.is_empty(), "the leader was told");
     world.calm(1);
     assert_eq!(world.follower(PEERS[1]).parked(), 0, "and told the other");
     let now = world.now;
-    assert!(!world.follower(PEERS[1]).refuses(now, ShardId(0)), "its leader has given it up");
+    assert!(!world.follower(PEERS[1]).refuses(now, ShardId(0)).refused, "its leader has given it up");
 }
 
 #[test]
@@ -243,7 +285,7 @@ fn thousands_of_shards_do_not_wake_at_once() {
         assert_eq!(world.follower(PEERS[0]).parked(), left * WAKES_AT_ONCE);
     }
     // Parked and not led: whoever wants to vote is let as soon as the lease is over.
-    assert!(!world.follower(PEERS[1]).refuses(later + RULES.lease, ShardId(0)));
+    assert!(!world.follower(PEERS[1]).refuses(later + RULES.lease, ShardId(0)).refused);
 }
 
 #[test]
@@ -251,7 +293,7 @@ fn who_cannot_park_in_time_keeps_the_others_awake() {
     let mut world = World::new();
     world.fits = false;
     world.leads.park(world.now, park(0, 1), PEERS.to_vec(), 3);
-    world.calm(1);
+    world.calm(2);
     assert!(world.leads.is_empty());
     // Nor may it take for ever.
     world.leads.park(world.now, park(0, 1), PEERS.to_vec(), 3);
@@ -269,6 +311,6 @@ fn followers_of_a_silent_leader_wake_before_its_lease_ends_and_vote_after_it() {
     let follower = world.follower(PEERS[0]);
     assert!(follower.silent(told + ms(600)).is_empty());
     assert_eq!(follower.silent(told + ms(601)), [ShardId(0)]);
-    assert!(follower.refuses(told + ms(999), ShardId(0)));
-    assert!(!follower.refuses(told + ms(1_000), ShardId(0)));
+    assert!(follower.refuses(told + ms(999), ShardId(0)).refused);
+    assert!(!follower.refuses(told + ms(1_000), ShardId(0)).refused);
 }

@@ -65,7 +65,7 @@ impl Admin for Api {
         }
         let unknown = || refused(Reason::Malformed.with(format!("shard {shard} has no voter `{}`", asked.broker)));
         let target = hosted.raft.voter_ids().find(|id| view.broker_name(id.broker) == asked.broker);
-        transfer(&hosted, target.ok_or_else(unknown)?).await?;
+        transfer(&self.node, &hosted, target.ok_or_else(unknown)?).await?;
         Ok(Response::new(TransferLeaderResponse { leader: asked.broker }))
     }
 
@@ -228,11 +228,11 @@ fn merged(view: &MetaView, told: &[(PeerConfig, Option<Vec<ShardStatus>>)]) -> S
     }
 }
 
-async fn transfer(hosted: &HostedShard, target: ReplicaId) -> Result<(), Status> {
+async fn transfer(node: &Node, hosted: &HostedShard, target: ReplicaId) -> Result<(), Status> {
     if target == hosted.own {
         return Ok(());
     }
-    parking::settle([hosted]).await;
+    parking::settle(node, [hosted]).await;
     hosted.raft.trigger().transfer_leader(target).await.map_err(|_| because(Reason::Unavailable))?;
     let mut leadership = hosted.leadership.clone();
     let moved = leadership.wait_for(|known| known.leader == Some(target));

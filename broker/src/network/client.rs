@@ -17,7 +17,7 @@ use openraft::{
 use stentor_engine::limits;
 use stentor_proto::{
     ids::{ReplicaId, ShardId},
-    internal::peer_frame::Message,
+    internal::{self, peer_frame::Message},
 };
 use stentor_raft_store::{
     SnapshotRows,
@@ -38,6 +38,10 @@ type AppendStream<'s> = BoxStream<'s, Result<StreamAppendResult<TypeConfig>, Err
 /// How long an append may stay unanswered on a living stream. A slow disk takes seconds for an fsync; a dead peer is
 /// found by the stream's own keep-alive long before.
 const APPEND_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long news of what is committed may wait for entries that carry it along: alone they would wake a follower once more
+/// for each entry. Whoever follows applies so much later at most.
+const COMMIT_LINGER: Duration = Duration::from_millis(5);
 
 /// Makes the ways to the peers of one shard's replica.
 #[derive(Clone)]
@@ -222,6 +226,8 @@ struct InFlight {
     prev: Option<RaftLogId>,
     last: Option<RaftLogId>,
     cut: bool,
+    /// News of a commit that goes with the request behind it, whose answer is its own.
+    rides: bool,
     bytes: usize,
     sent: Instant,
     answer: Option<Answer>,
@@ -234,6 +240,9 @@ struct Session<'s, S> {
     input: S,
     input_ended: bool,
     in_flight: VecDeque<InFlight>,
+    /// News of commits without entries, and until when they wait.
+    held: VecDeque<AppendEntriesRequest<TypeConfig>>,
+    held_until: Instant,
     in_flight_bytes: usize,
     sender: mpsc::UnboundedSender<(u64, Answer)>,
     receiver: mpsc::UnboundedReceiver<(u64, Answer)>,
@@ -254,6 +263,8 @@ where
             input,
             input_ended: false,
             in_flight: VecDeque::new(),
+            held: VecDeque::new(),
+            held_until: Instant::now(),
             in_flight_bytes: 0,
             sender,
             receiver,
@@ -280,10 +291,16 @@ where
             if self.in_flight.front().is_some_and(|front| front.answer.is_some()) {
                 return self.take_front();
             }
+            if self.input_ended
+                && let Some(last) = self.held.pop_back()
+                && let Err(error) = self.send(&last).await
+            {
+                return Some(Err(rpc_error(error)));
+            }
             if self.input_ended && self.in_flight.is_empty() {
                 return None;
             }
-            let room = self.in_flight.len() < limits::APPENDS_IN_FLIGHT
+            let room = self.in_flight.len() + self.held.len() < limits::APPENDS_IN_FLIGHT
                 && self.in_flight_bytes < limits::APPEND_BYTES_IN_FLIGHT
                 && !self.input_ended
                 // What follows a cut request would not fit behind it.
@@ -293,11 +310,18 @@ where
                 biased;
                 Some((id, answer)) = self.receiver.recv() => self.store(id, answer),
                 request = self.input.next(), if room => match request {
-                    Some(request) => if let Err(error) = self.send(&request).await {
+                    Some(request) => if let Err(error) = self.take(request).await {
                         return Some(Err(rpc_error(error)));
                     },
                     None => self.input_ended = true,
                 },
+                () = tokio::time::sleep_until(self.held_until), if !self.held.is_empty() => {
+                    if let Some(last) = self.held.pop_back()
+                        && let Err(error) = self.send(&last).await
+                    {
+                        return Some(Err(rpc_error(error)));
+                    }
+                }
                 () = sleep_until(deadline), if deadline.is_some() => {
                     return Some(Err(self.way.timed_out(RPCTypes::AppendEntries, self.patience)));
                 }
@@ -305,19 +329,44 @@ where
         }
     }
 
+    /// Sends a request, or lets it wait for one that says more.
+    async fn take(&mut self, request: AppendEntriesRequest<TypeConfig>) -> Result<(), LinkError> {
+        let news_only = request.entries.is_empty() && self.way.lane == Lane::Append;
+        if !news_only {
+            return self.send(&request).await;
+        }
+        if self.held.is_empty() {
+            self.held_until = Instant::now() + COMMIT_LINGER;
+        }
+        self.held.push_back(request);
+        Ok(())
+    }
+
+    /// Sends it, with what was held.
     async fn send(&mut self, request: &AppendEntriesRequest<TypeConfig>) -> Result<(), LinkError> {
         let encoded = codec::encode_append(self.way.route.shard, request);
         let (prev, last, cut, bytes) = (encoded.prev, encoded.last, encoded.cut, encoded.bytes);
         let message = Message::Append(encoded.message);
         let id = self.link.send(self.way.route, message, bytes, &self.sender).await?;
         self.in_flight_bytes += bytes;
-        self.in_flight.push_back(InFlight { id, prev, last, cut, bytes, sent: Instant::now(), answer: None });
+        let sent = Instant::now();
+        for held in self.held.drain(..) {
+            let prev = held.prev_log_id;
+            let rider = InFlight { id, prev, last: prev, cut: false, rides: true, bytes: 0, sent, answer: None };
+            self.in_flight.push_back(rider);
+        }
+        self.in_flight.push_back(InFlight { id, prev, last, cut, rides: false, bytes, sent, answer: None });
         Ok(())
     }
 
     fn store(&mut self, id: u64, answer: Answer) {
-        if let Some(request) = self.in_flight.iter_mut().find(|request| request.id == id) {
-            request.answer = Some(answer);
+        let (riders, carriers): (Vec<_>, Vec<_>) =
+            self.in_flight.iter_mut().filter(|request| request.id == id).partition(|request| request.rides);
+        for rider in riders {
+            rider.answer = Some(rode(&answer));
+        }
+        if let Some(carrier) = carriers.into_iter().next() {
+            carrier.answer = Some(answer);
         }
     }
 
@@ -342,6 +391,21 @@ impl<S> Drop for Session<'_, S> {
     fn drop(&mut self) {
         let ids: Vec<u64> = self.in_flight.iter().map(|request| request.id).collect();
         self.link.forget(&ids);
+    }
+}
+
+/// What the answer to a request says of the news that went with it: whoever has a part of its entries has had everything
+/// before them.
+fn rode(answer: &Answer) -> Answer {
+    use internal::append_response::Result as R;
+    match answer {
+        Ok(Message::AppendResponse(response)) if matches!(response.result, Some(R::Partial(_))) => {
+            Ok(Message::AppendResponse(internal::AppendResponse {
+                result: Some(R::Success(true)),
+                partial_none: false,
+            }))
+        }
+        answer => answer.clone(),
     }
 }
 

@@ -254,7 +254,12 @@ pub(crate) struct Way {
 }
 
 /// Keeps a link connected until the task is dropped. `on_connect` runs after every successful attempt.
-pub(crate) async fn run(way: Way, clocks: Arc<Clocks>, metrics: Arc<Metrics>, on_connect: impl Fn(BrokerId) + Send) {
+pub(crate) async fn run(
+    way: Way,
+    clocks: Arc<Clocks>,
+    metrics: Arc<Metrics>,
+    on_connect: impl Fn(BrokerId, Lane) + Send,
+) {
     let (link, lane) = (&way.link, way.lane);
     let mut pause = PAUSE.0;
     loop {
@@ -264,7 +269,7 @@ pub(crate) async fn run(way: Way, clocks: Arc<Clocks>, metrics: Arc<Metrics>, on
             Ok(mut inbound) => {
                 metrics.peer_connects.inc();
                 link.connected(queue);
-                on_connect(link.peer);
+                on_connect(link.peer, lane);
                 while let Ok(Some(batch)) = inbound.message().await {
                     batch.frames.into_iter().for_each(|frame| link.received(frame, &clocks));
                 }

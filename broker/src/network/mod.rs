@@ -46,7 +46,7 @@ impl Links {
         clocks: &Arc<Clocks>,
         metrics: &Arc<Metrics>,
         tasks: &mut JoinSet<()>,
-        on_connect: impl Fn(BrokerId) + Clone + Send + 'static,
+        on_connect: impl Fn(BrokerId, Lane) + Clone + Send + 'static,
     ) -> Result<Arc<Self>, TlsError> {
         let (mut all, replaced) = (BTreeMap::new(), Arc::<Replaced>::default());
         for (broker, addr) in peers {

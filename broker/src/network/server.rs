@@ -171,6 +171,7 @@ fn first_poll<F: Extend<Answering>>(
     }
 }
 
+const PARKED: &str = "this broker keeps the shard parked for its leader, or did less than a lease ago";
 const TAKEN: &str = "a newer directory of this broker has its place in the shard";
 
 /// Whether the sender's place in a shard is taken. Placements change first and shards follow, so most messages are
@@ -214,10 +215,7 @@ fn dispatch(node: &Arc<Node>, hosted: Arc<HostedShard>, message: Message) -> Res
         message if promised(&message) => {
             hosted.idle.wake();
             let _ = message;
-            return Err(error(
-                "PARKED",
-                "this broker keeps the shard parked for its leader, or did less than a lease ago",
-            ));
+            return Err(error("PARKED", PARKED));
         }
         Message::Append(request) => {
             let request = codec::decode_append(hosted.shard, request).map_err(bad)?;
@@ -238,7 +236,15 @@ fn dispatch(node: &Arc<Node>, hosted: Arc<HostedShard>, message: Message) -> Res
         }
         Message::Vote(request) => {
             let request = codec::decode_vote(&request).map_err(bad)?;
-            Box::pin(async move { vote_answer(raft.vote(request).await) })
+            let (links, shard) = (node.links.clone(), hosted.shard);
+            Box::pin(async move {
+                let voted = raft.vote(request).await;
+                // Parked for its leader since it was asked: nobody may count on the vote.
+                if voted.as_ref().is_ok_and(|vote| vote.vote_granted) && links.parking.refuses(shard) {
+                    return error("PARKED", PARKED);
+                }
+                vote_answer(voted)
+            })
         }
         Message::PreVote(request) => {
             let request = codec::decode_vote(&request).map_err(bad)?;

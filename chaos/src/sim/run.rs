@@ -60,7 +60,7 @@ impl Default for Plan {
             gateways: 2,
             shards: 3,
             // Between two operations, so that most of a run is parking and waking.
-            park_after: Duration::from_millis(400),
+            park_after: Duration::from_millis(500),
             chaos,
             schedule: None,
             disks: DiskFaults::default(),

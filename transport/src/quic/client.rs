@@ -18,6 +18,7 @@ use tokio::runtime;
 use super::{
     IDLE_TIMEOUT_MS, QuicConnection, QuicError,
     driver::{Endpoint, Socket},
+    rare_acknowledgements,
 };
 use crate::{
     bind,
@@ -64,7 +65,8 @@ fn transport() -> TransportConfig {
         .send_window(SEND_BYTES)
         .keep_alive_interval(Some(KEEP_ALIVE))
         .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT_MS))))
-        .datagram_receive_buffer_size(None);
+        .datagram_receive_buffer_size(None)
+        .ack_frequency_config(Some(rare_acknowledgements()));
     transport
 }
 

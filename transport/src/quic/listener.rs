@@ -19,6 +19,7 @@ use rand::RngCore;
 use super::{
     BindError, IDLE_TIMEOUT_MS, QuicConnection, QuicError,
     driver::{self, Endpoint, Socket},
+    rare_acknowledgements,
 };
 use crate::{bind, memory, tls::ServerTls};
 
@@ -241,6 +242,7 @@ fn transport(limits: &QuicLimits) -> TransportConfig {
         .send_window(limits.send_bytes.into())
         .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT_MS))))
         .datagram_receive_buffer_size(None);
+    transport.ack_frequency_config(Some(rare_acknowledgements()));
     transport
 }
 
