@@ -364,12 +364,14 @@ pub(crate) async fn beats(node: Arc<Node>) {
             () = node.stop.cancelled() => return,
         }
         let mut leaders = 0;
-        for hosted in node.all_hosted().iter() {
+        let parking = &node.links.parking;
+        let (ticking, parked) = (parking.ticking(&node), parking.led(&node));
+        for hosted in ticking.iter().chain(&parked) {
             let Ok(leader) = hosted.raft.as_leader() else { continue };
             leaders += 1;
             let term = leader.term();
             let acked = leader.last_quorum_acked().map(|at| crate::raft::LEASE.saturating_sub(at.elapsed()));
-            let left = acked.unwrap_or_default().max(node.links.parking.lease_left(hosted.shard));
+            let left = acked.unwrap_or_default().max(parking.lease_left(hosted.shard));
             match left.as_millis() as u32 {
                 0 => hosted.effects.interest.close(term),
                 left => hosted.effects.interest.beat(term, left),

@@ -39,13 +39,11 @@ pub(crate) async fn run(node: Arc<Node>) {
         }
         let Some(view) = node.meta.view() else { continue };
         let changed = looked_at.replace(view.version()) != Some(view.version());
-        for hosted in node.all_hosted().iter() {
-            if hosted.idle.is_parked() {
-                if changed && hosted.ready() && !is_settled(&view, hosted) {
-                    hosted.idle.wake();
-                }
-                continue;
-            }
+        let parking = &node.links.parking;
+        if changed {
+            parking.led(&node).iter().filter(|led| !is_settled(&view, led)).for_each(|led| led.idle.wake());
+        }
+        for hosted in parking.ticking(&node).iter() {
             if !hosted.ready() || under_way.contains(&hosted.shard) {
                 continue;
             }

@@ -3,6 +3,7 @@
 //! anything else is done with it, and never let one help to another leadership while its leader counts on it.
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering},
@@ -54,6 +55,8 @@ const PARKED: u8 = 2;
 
 /// What has woken since the tables were last brought up to date.
 type Woken = Arc<Mutex<Vec<ShardId>>>;
+/// The shards of all replicas that tick: whoever looks at all of them regularly looks at these.
+type Ticking = Arc<Mutex<BTreeSet<ShardId>>>;
 
 /// Whether one replica is parked.
 pub(crate) struct Idle {
@@ -64,6 +67,7 @@ pub(crate) struct Idle {
     change: Mutex<()>,
     used: AtomicBool,
     woken: Woken,
+    ticking: Ticking,
 }
 
 impl Idle {
@@ -83,6 +87,7 @@ impl Idle {
             // Polled once: a full queue or a stopped replica sends none, and the next pulse does. A follower sends none.
             let _ = tokio::task::unconstrained(self.raft.trigger().heartbeat()).now_or_never();
             self.raft.runtime_config().tick(true);
+            self.ticking.lock().insert(self.shard);
             self.woken.lock().push(self.shard);
         }
         drop(changing);
@@ -106,6 +111,7 @@ impl Idle {
         let changing = self.change.lock();
         self.state.store(PARKED, Ordering::Release);
         self.raft.runtime_config().tick(false);
+        self.ticking.lock().remove(&self.shard);
         drop(changing);
     }
 }
@@ -117,6 +123,7 @@ pub(crate) struct Parking {
     after: Option<Duration>,
     tables: Mutex<Tables>,
     woken: Woken,
+    ticking: Ticking,
     /// What must wake with the next pulse.
     must_wake: Mutex<Vec<ShardId>>,
     rounds: AtomicU32,
@@ -150,6 +157,7 @@ impl Parking {
             after,
             tables: Mutex::new(tables),
             woken: Woken::default(),
+            ticking: Ticking::default(),
             must_wake: Mutex::default(),
             rounds: AtomicU32::new(0),
         }
@@ -157,7 +165,9 @@ impl Parking {
 
     pub(crate) fn idle(&self, shard: ShardId, raft: Raft) -> Arc<Idle> {
         let (state, used) = (AtomicU8::new(AWAKE), AtomicBool::new(false));
-        Arc::new(Idle { shard, raft, state, change: Mutex::default(), used, woken: self.woken.clone() })
+        let (woken, ticking) = (self.woken.clone(), self.ticking.clone());
+        ticking.lock().insert(shard);
+        Arc::new(Idle { shard, raft, state, change: Mutex::default(), used, woken, ticking })
     }
 
     fn now(&self) -> Duration {
@@ -180,6 +190,18 @@ impl Parking {
             self.must_wake.lock().push(shard);
         }
         asked.refused || leads
+    }
+
+    /// The replicas that tick, ascending.
+    pub(crate) fn ticking(&self, node: &Node) -> Vec<Arc<HostedShard>> {
+        let shards: Vec<ShardId> = self.ticking.lock().iter().copied().collect();
+        shards.into_iter().filter_map(|shard| node.hosted(shard)).collect()
+    }
+
+    /// The parked replicas that lead, ascending.
+    pub(crate) fn led(&self, node: &Node) -> Vec<Arc<HostedShard>> {
+        let shards: Vec<ShardId> = self.tables.lock().leads.shards().collect();
+        shards.into_iter().filter_map(|shard| node.hosted(shard)).collect()
     }
 
     /// How many replicas are parked here.
@@ -220,7 +242,7 @@ pub(crate) fn round(node: &Node) {
         audit(node);
     }
     let Some(after) = parking.after else { return };
-    for hosted in node.all_hosted().iter().filter(|hosted| hosted.shard != META_SHARD && !hosted.idle.is_parked()) {
+    for hosted in parking.ticking(node).iter().filter(|hosted| hosted.shard != META_SHARD) {
         // Read for each: a placement that changes after this is seen by whoever looks for shards that are not settled.
         let Some(view) = node.meta.view() else { return };
         park_if_quiet(parking, &view, hosted, (now, after));

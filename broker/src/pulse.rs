@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures_util::FutureExt;
 
-use crate::{node::Node, parking, raft::HEARTBEAT, shard::HostedShard};
+use crate::{node::Node, parking, raft::HEARTBEAT};
 
 /// Runs until the broker stops.
 pub(crate) async fn run(node: Arc<Node>) {
@@ -17,8 +17,8 @@ pub(crate) async fn run(node: Arc<Node>) {
             () = node.stop.cancelled() => return,
         }
         parking::round(&node);
-        let awake = |hosted: &&Arc<HostedShard>| !hosted.idle.is_parked() && hosted.leadership().leads;
-        for hosted in node.all_hosted().iter().filter(awake) {
+        let ticking = node.links.parking.ticking(&node);
+        for hosted in ticking.iter().filter(|hosted| hosted.leadership().leads) {
             // Polled once, whatever this task has used of its turn: a full queue or a stopped replica gets none, and
             // openraft's own slower heartbeat stands in.
             let trigger = hosted.raft.trigger();

@@ -1,7 +1,7 @@
 //! What a broker does beside its calls: checkpoints, purges, watching for failures, telling whether it is ready. Must
 //! never purge what a durable checkpoint does not cover.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use openraft::async_runtime::WatchReceiver;
 use stentor_proto::ids::ShardId;
@@ -16,6 +16,8 @@ use crate::{host, node::Node, shard::HostedShard};
 
 /// How often logs are purged, lag is measured and new shards are noted as initialized.
 const ROUND: Duration = Duration::from_secs(1);
+/// Parked replicas are looked at every so many rounds.
+const PARKED_ROUNDS: u64 = 10;
 /// How often readiness is judged.
 const JUDGE: Duration = Duration::from_millis(100);
 
@@ -41,21 +43,27 @@ pub(crate) async fn checkpoints(node: Arc<Node>) {
 pub(crate) async fn rounds(node: Arc<Node>) {
     let mut every = tokio::time::interval(ROUND);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
+    let mut purged: BTreeMap<ShardId, u64> = BTreeMap::new();
+    for round in 0u64.. {
         tokio::select! {
             _ = every.tick() => {}
             () = node.stop.cancelled() => return,
         }
-        let (mut worst_lag, mut purged) = (0, 0);
-        for hosted in node.all_hosted().iter() {
+        let mut worst_lag = 0;
+        // What is parked may be checkpointed yet, and changes no more after that.
+        let all = match round.is_multiple_of(PARKED_ROUNDS) {
+            true => node.all_hosted().to_vec(),
+            false => node.links.parking.ticking(&node),
+        };
+        for hosted in &all {
             let (lag, purged_here) = look(&node, hosted);
             worst_lag = worst_lag.max(lag);
-            purged += purged_here.map_or(0, |id| id.index + 1);
+            purged.insert(hosted.shard, purged_here.map_or(0, |id| id.index + 1));
             purge(&node, hosted, purged_here).await;
         }
         node.metrics.parked.set(node.links.parking.parked() as i64);
         node.metrics.apply_lag.set(worst_lag as i64);
-        node.metrics.purged.set(purged as i64);
+        node.metrics.purged.set(purged.values().sum::<u64>() as i64);
         host::mark_initialized(&node).await;
     }
 }
@@ -105,16 +113,22 @@ pub(crate) fn is_ready(node: &Node) -> bool {
     if node.failed.borrow().is_some() || node.stop.is_cancelled() {
         return false;
     }
-    view.placement.shards.iter().all(|placement| {
+    // A parked replica knows its leader. Two ascending lists: who is here and who ought to be.
+    let settled = |hosted: &Arc<HostedShard>| {
+        let known = hosted.leadership();
+        known.leader.is_some() && (known.ready || !known.leads)
+    };
+    let all = node.all_hosted();
+    let mut hosted = all.iter().map(|hosted| hosted.shard).peekable();
+    let mut is_hosted = |shard| {
+        while hosted.next_if(|at| *at < shard).is_some() {}
+        hosted.peek() == Some(&shard) || node.hosted(shard).is_some()
+    };
+    let begun = view.placement.shards.iter().all(|placement| {
         let here = placement.replicas.iter().any(|&id| id >> 32 == u64::from(node.broker.0));
-        let settled = || {
-            node.hosted(ShardId(placement.shard)).is_some_and(|hosted| {
-                let known = hosted.leadership();
-                known.leader.is_some() && (known.ready || !known.leads)
-            })
-        };
-        placement.initialized && (!here || settled())
-    })
+        placement.initialized && (!here || is_hosted(ShardId(placement.shard)))
+    });
+    begun && node.links.parking.ticking(node).iter().all(settled)
 }
 
 /// Keeps the probes and the gRPC health service true.

@@ -185,6 +185,11 @@ impl Leads {
         self.shards.is_empty()
     }
 
+    /// All that are kept parked, ascending.
+    pub fn shards(&self) -> impl Iterator<Item = ShardId> {
+        self.shards.keys().copied()
+    }
+
     /// Whether the shard is kept parked.
     pub fn keeps(&self, shard: ShardId) -> bool {
         self.shards.contains_key(&shard)
@@ -306,6 +311,8 @@ struct Followed {
     digest: u64,
     heard: Duration,
     shards: BTreeMap<ShardId, (u64, State)>,
+    /// All of them were parked when they were last looked at, and none has changed since.
+    all_parked: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -367,6 +374,7 @@ impl Follows {
             return todo;
         }
         (list.number, list.round, list.heard) = (told.list, told.round, now);
+        list.all_parked &= told.parks.is_empty();
         for shard in &told.wakes {
             if let Some((term, state)) = list.shards.remove(shard) {
                 // Its leader has given it up itself and now counts on what Raft says. A message of an older list says
@@ -406,9 +414,12 @@ impl Follows {
     }
 
     /// The answer to a message. It speaks for the last one of which everything was checked.
-    pub fn confirm(&self, leader: BrokerId, list: u64, round: u64) -> Confirmed {
-        let known = self.lists.get(&leader).filter(|known| known.number == list);
+    pub fn confirm(&mut self, leader: BrokerId, list: u64, round: u64) -> Confirmed {
+        let known = self.lists.get_mut(&leader).filter(|known| known.number == list);
         let Some(known) = known else { return Confirmed { list, round, ..Confirmed::default() } };
+        if known.all_parked {
+            return Confirmed { list, round: round.min(known.round), agreed: true, withdrawn: Vec::new() };
+        }
         let unchecked = known.shards.values().filter_map(|(_, state)| match state {
             State::Asked(round) => Some(round.saturating_sub(1)),
             State::Parked | State::Withdrawn => None,
@@ -416,7 +427,9 @@ impl Follows {
         // A message that was not taken may be asked about after an older one was.
         let round = unchecked.min().unwrap_or(round).min(round).min(known.round);
         let awake = known.shards.iter().filter(|(_, (_, state))| *state == State::Withdrawn);
-        Confirmed { list, round, agreed: true, withdrawn: awake.map(|(shard, _)| *shard).collect() }
+        let withdrawn: Vec<ShardId> = awake.map(|(shard, _)| *shard).collect();
+        known.all_parked = known.shards.values().all(|(_, state)| *state == State::Parked);
+        Confirmed { list, round, agreed: true, withdrawn }
     }
 
     /// The replica ticks again, for whatever reason.
@@ -427,6 +440,7 @@ impl Follows {
             let until = list.kept_until(rules);
             if let Some((_, state)) = list.shards.get_mut(&shard).filter(|(_, state)| *state != State::Withdrawn) {
                 *state = State::Withdrawn;
+                list.all_parked = false;
                 gates.insert((shard, *leader), until);
             }
         }
@@ -449,6 +463,7 @@ impl Follows {
         let mut woken: Vec<ShardId> = std::iter::from_fn(|| orphans.pop_first()).take(WAKES_AT_ONCE).collect();
         for (leader, list) in lists.iter_mut().filter(|(_, list)| now.saturating_sub(list.heard) > rules.silence) {
             let until = list.kept_until(rules);
+            list.all_parked = false;
             let parked = list.shards.iter_mut().filter(|(_, (_, state))| *state != State::Withdrawn);
             for (shard, (_, state)) in parked.take(WAKES_AT_ONCE) {
                 *state = State::Withdrawn;
