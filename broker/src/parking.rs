@@ -179,7 +179,7 @@ impl Parking {
         self.tables.lock().leads.lease_left(self.now(), shard)
     }
 
-    /// Whether votes for the shard must neither be given nor asked for now: its leader counts on it. Either way the replica
+    /// Whether votes for the shard must neither be given nor be asked for: its leader counts on it. Either way the replica
     /// wakes soon.
     pub(crate) fn refuses(&self, shard: ShardId) -> bool {
         let (now, mut tables) = (self.now(), self.tables.lock());

@@ -446,7 +446,7 @@ impl Follows {
         }
     }
 
-    /// Whether votes for another leader of the shard must neither be given nor be asked for now.
+    /// Whether votes for another leader of the shard must neither be given nor be asked for.
     #[must_use]
     pub fn refuses(&mut self, now: Duration, shard: ShardId) -> Asked {
         let woke = self.keeps(shard);
