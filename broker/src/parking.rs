@@ -423,8 +423,7 @@ async fn follow(node: &Node, park: Park, leader: Option<ReplicaId>) -> bool {
         let follower = state.server_state == ServerState::Follower;
         of_leader && follower && index(state.log_ids.last()) && index(state.local_committed())
     });
-    let follows = follows.await.unwrap_or(false);
-    follows
+    follows.await.unwrap_or(false)
 }
 
 /// For whoever takes the leadership away on purpose: returns when the others have heard that the shards are awake, and none

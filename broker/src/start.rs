@@ -172,8 +172,7 @@ fn begin(
     let parking = Arc::new(Parking::new(config.park_after(), host.wall_ms() << 20));
     let links = Links::start(
         (&host, &client_tls),
-        config.broker,
-        parking,
+        (config.broker, parking),
         others(),
         &clocks,
         &metrics,

@@ -40,8 +40,7 @@ impl Links {
     /// Starts a task per peer and lane; they end when `tasks` is dropped.
     pub(crate) fn start(
         (host, tls): (&Host, &ClientTls),
-        own: BrokerId,
-        parking: Arc<Parking>,
+        (own, parking): (BrokerId, Arc<Parking>),
         peers: impl Iterator<Item = (BrokerId, SocketAddr)>,
         clocks: &Arc<Clocks>,
         metrics: &Arc<Metrics>,
