@@ -360,13 +360,10 @@ where
     }
 
     fn store(&mut self, id: u64, answer: Answer) {
-        let (riders, carriers): (Vec<_>, Vec<_>) =
-            self.in_flight.iter_mut().filter(|request| request.id == id).partition(|request| request.rides);
-        for rider in riders {
-            rider.answer = Some(rode(&answer));
-        }
-        if let Some(carrier) = carriers.into_iter().next() {
-            carrier.answer = Some(answer);
+        let mut answer = Some(answer);
+        // Riders stand before the request that carries them.
+        for request in self.in_flight.iter_mut().filter(|request| request.id == id) {
+            request.answer = if request.rides { answer.as_ref().map(rode) } else { answer.take() };
         }
     }
 
