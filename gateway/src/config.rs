@@ -215,10 +215,10 @@ mod broker_number {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    const GOOD: &str = r#"
+    pub(crate) const GOOD: &str = r#"
 name = "gateway-1"
 quic_listen = "127.0.0.1:7443"
 http_listen = "127.0.0.1:7490"

@@ -13,7 +13,7 @@ use stentor_engine::{
 };
 use stentor_proto::{
     Bytes,
-    ids::{AppId, BrokerId, ConversationId, DeviceId, Seq, SessionNo, ShardId, UserId},
+    ids::{AppId, BrokerId, ConversationId, DeviceId, META_SHARD, Seq, SessionNo, ShardId, UserId},
     internal::{BrokerBatch, BrokerFrame, PlacementView, broker_frame, gateway_frame::Frame},
     reason::Reason,
 };
@@ -147,7 +147,8 @@ impl Core {
             Err(error) => return tracing::warn!(%error, "ignored a placement that cannot be used"),
         };
         let (mut shards, mut places) = (BTreeMap::new(), before.places.clone());
-        for (id, _) in slots.shards() {
+        // No device has anything in the meta shard, and places are counted.
+        for (id, _) in slots.shards().filter(|(id, _)| *id != META_SHARD) {
             let shard = match before.shards.get(&id) {
                 Some(shard) => shard.clone(),
                 None if places.len() >= limits::MAX_SHARDS as usize => {
@@ -364,5 +365,26 @@ impl Core {
             now_ms: self.now_ms(),
             frame_bytes: self.config.limits.max_frame_bytes,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use stentor_engine::placement::plan;
+    use stentor_proto::ids::ReplicaId;
+
+    use super::*;
+
+    #[test]
+    fn the_largest_cluster_has_room() {
+        let config = GatewayConfig::from_toml(crate::config::tests::GOOD).unwrap();
+        let core = Core::new(config, Host::real(), Arc::default());
+        let brokers: Vec<_> = (1..=3).map(|broker| ReplicaId::from_u64(broker << 32 | 1)).collect();
+        let shards = plan(&brokers, limits::MAX_SHARDS, 3).unwrap();
+        let view = PlacementView { cluster_id: "c".into(), version: 1, shards, ..Default::default() };
+        core.placed(view.clone());
+        assert!(*core.placed.borrow());
+        core.placed(PlacementView { version: 2, ..view });
+        assert_eq!(core.view.load().slots.version().0, 2, "those that are known take no second place");
     }
 }
