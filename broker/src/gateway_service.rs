@@ -72,8 +72,9 @@ impl Broker for GatewayService {
 
 /// The next placement that differs from the last one told; `None` when the broker stops.
 async fn next_placement(node: &Node, last: Option<PlacementView>) -> Option<PlacementView> {
-    let mut changes = node.meta.watch();
+    let (mut changes, mut leaders) = (node.meta.watch(), node.leaders.subscribe());
     loop {
+        leaders.mark_unchanged();
         let view = changes.borrow_and_update().clone();
         if let Some(view) = view {
             let now = view.to_proto(meta::leader_hints(node));
@@ -83,7 +84,11 @@ async fn next_placement(node: &Node, last: Option<PlacementView>) -> Option<Plac
         }
         tokio::select! {
             changed = changes.changed() => changed.ok()?,
-            () = tokio::time::sleep(LEADERS_SETTLE) => {}
+            changed = leaders.changed() => {
+                changed.ok()?;
+                // Elections come in crowds, and all shards are told each time.
+                tokio::time::sleep(LEADERS_SETTLE).await;
+            }
             () = node.stop.cancelled() => return None,
         }
     }
@@ -366,7 +371,10 @@ pub(crate) async fn beats(node: Arc<Node>) {
         let mut leaders = 0;
         let parking = &node.links.parking;
         let (ticking, parked) = (parking.ticking(&node), parking.led(&node));
-        for hosted in ticking.iter().chain(&parked) {
+        // A parked shard in which no gateway is interested has nobody to tell.
+        let (told, silent): (Vec<_>, Vec<_>) = parked.iter().partition(|hosted| hosted.effects.interest.is_watched());
+        leaders += silent.len() as i64;
+        for hosted in ticking.iter().chain(told) {
             let Ok(leader) = hosted.raft.as_leader() else { continue };
             leaders += 1;
             let term = leader.term();

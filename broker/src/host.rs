@@ -94,12 +94,10 @@ pub(crate) async fn open(
         node.stop.clone(),
     );
     node.spawn(batching);
-    let observer = node.environment.observer.clone();
-    let leads = move |term| observer.iter().for_each(|observer| observer.leads(shard, own, term));
-    let (reader, stop) = (parts.reader, node.stop.clone());
-    node.spawn(follow_leadership(raft.clone(), reader.clone(), effects.clone(), known, stop, leads, idle.clone()));
+    let reader = parts.reader;
     let hosted = HostedShard { shard, own, raft, reader, slots, voted_before, leadership, proposer, effects, idle };
     let hosted = Arc::new(hosted);
+    node.spawn(follow_leadership(node.clone(), hosted.clone(), known));
     node.host(hosted.clone());
     if node.links.replaced.has(shard) {
         // Told while it was being opened: whoever looked for it then did not find it.

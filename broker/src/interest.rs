@@ -300,6 +300,11 @@ impl ShardInterest {
         streams.for_each(|interested| interested.stream.live(self.shard, &run, metrics));
     }
 
+    /// Whether any stream is interested.
+    pub(crate) fn is_watched(&self) -> bool {
+        !self.state.lock().streams.is_empty()
+    }
+
     /// Tells every interested stream that this replica still leads, with the heads of what was dropped.
     pub(crate) fn beat(&self, term: u64, lease_ms: u32) {
         let streams: Vec<_> = self.state.lock().streams.values().map(|(stream, _)| stream.clone()).collect();

@@ -3,7 +3,6 @@
 use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use hashbrown::HashMap;
 use parking_lot::Mutex;
 use stentor_proto::ids::{BrokerId, ShardId};
 use stentor_raft_store::Store;
@@ -32,6 +31,8 @@ pub(crate) struct Node {
     pub(crate) stop: CancellationToken,
     pub(crate) started: Instant,
     pub(crate) failed: watch::Sender<Option<String>>,
+    /// Told whenever a replica here learns who leads.
+    pub(crate) leaders: watch::Sender<()>,
     /// What this broker waits for before it can take part, for people.
     waits_for: Mutex<Option<String>>,
     hosted: ArcSwap<Hosted>,
@@ -42,8 +43,9 @@ pub(crate) struct Node {
 /// The replicas of a broker.
 #[derive(Default)]
 struct Hosted {
-    by_shard: HashMap<ShardId, Arc<HostedShard>>,
-    /// Ascending by shard.
+    /// Ascending.
+    shards: Vec<ShardId>,
+    /// In the same order.
     all: Arc<[Arc<HostedShard>]>,
 }
 
@@ -78,6 +80,7 @@ impl Node {
             stop: CancellationToken::new(),
             started,
             failed: watch::Sender::new(None),
+            leaders: watch::Sender::new(()),
             waits_for: Mutex::default(),
             hosted: ArcSwap::default(),
             tasks: Mutex::default(),
@@ -110,7 +113,9 @@ impl Node {
 
     /// The replica of a shard, if this broker has one.
     pub(crate) fn hosted(&self, shard: ShardId) -> Option<Arc<HostedShard>> {
-        self.hosted.load().by_shard.get(&shard).cloned()
+        let hosted = self.hosted.load();
+        let place = hosted.shards.binary_search(&shard).ok()?;
+        hosted.all.get(place).cloned()
     }
 
     /// All replicas, ascending by shard.
@@ -120,15 +125,13 @@ impl Node {
 
     pub(crate) fn host(&self, shard: Arc<HostedShard>) {
         self.hosted.rcu(|hosted| {
-            let mut by_shard = hosted.by_shard.clone();
-            by_shard.insert(shard.shard, shard.clone());
             let mut all = hosted.all.to_vec();
             let place = all.partition_point(|other| other.shard < shard.shard);
             match all.get_mut(place).filter(|known| known.shard == shard.shard) {
                 Some(known) => *known = shard.clone(),
                 None => all.insert(place, shard.clone()),
             }
-            Hosted { by_shard, all: all.into() }
+            Hosted { shards: all.iter().map(|hosted| hosted.shard).collect(), all: all.into() }
         });
         self.metrics.replicas.set(self.hosted.load().all.len() as i64);
     }

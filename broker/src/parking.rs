@@ -43,8 +43,8 @@ const DRIFT: u32 = 10;
 const UNTOUCHED: Duration = Duration::from_secs(1);
 /// A shard that could not be parked is tried again so much later: a peer may be of an older version.
 const AGAIN: Duration = Duration::from_secs(10);
-/// All parked replicas are looked at every so many pulses.
-const AUDIT_ROUNDS: u32 = 14;
+/// All parked replicas are looked at every so many pulses, about ten seconds.
+const AUDIT_ROUNDS: u32 = 66;
 /// Replicas that are looked at at a time.
 const CHECKS_AT_ONCE: usize = 64;
 
@@ -252,15 +252,13 @@ pub(crate) fn round(node: &Node) {
 /// A replica that does not tick although nobody keeps it parked would never stand for election again. None should be found.
 fn audit(node: &Node) {
     let parking = &node.links.parking;
-    for hosted in node.all_hosted().iter().filter(|hosted| hosted.idle.is_parked()) {
-        let kept = {
-            let tables = parking.tables.lock();
-            tables.leads.keeps(hosted.shard) || tables.follows.keeps(hosted.shard)
-        };
-        if !kept {
-            hosted.idle.wake();
-        }
-    }
+    let all = node.all_hosted();
+    let lost: Vec<_> = {
+        let tables = parking.tables.lock();
+        let kept = |shard| tables.leads.keeps(shard) || tables.follows.keeps(shard);
+        all.iter().filter(|hosted| hosted.idle.is_parked() && !kept(hosted.shard)).collect()
+    };
+    lost.into_iter().for_each(|hosted| hosted.idle.wake());
 }
 
 /// What woke by itself is awake in the tables too.

@@ -53,6 +53,8 @@ pub(crate) fn config(shard: ShardId, elect: bool) -> Result<Arc<Config>, openraf
         replication_lag_threshold: u64::MAX,
         max_payload_entries: MAX_PAYLOAD_ENTRIES,
         install_snapshot_timeout: SNAPSHOT_TIMEOUT_MS,
+        // Statistics that nobody reads, and rings of them in each replica.
+        log_stage_capacity: Some(1),
         backoff: "50ms 100ms 200ms ..500ms".into(),
         ..Config::default()
     };

@@ -8,9 +8,8 @@ use stentor_engine::membership::is_replaced;
 use stentor_proto::ids::{BrokerId, ReplicaId, ShardId};
 use stentor_raft_store::{ShardReader, types::TypeConfig};
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 
-use crate::{batcher::Proposer, effects::ShardEffects, parking::Idle, raft::Raft};
+use crate::{batcher::Proposer, effects::ShardEffects, node::Node, parking::Idle, raft::Raft};
 
 /// Who leads a shard, as this replica knows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -66,16 +65,9 @@ impl HostedShard {
     }
 }
 
-/// Follows who leads, until `stop`; `leads` is told the term of every leadership of its own.
-pub(crate) async fn follow_leadership(
-    raft: Raft,
-    reader: ShardReader,
-    effects: Arc<ShardEffects>,
-    known: watch::Sender<Leadership>,
-    stop: CancellationToken,
-    leads: impl Fn(u64) + Send,
-    idle: Arc<Idle>,
-) {
+/// Follows who leads a shard until the broker stops; its observer is told of every leadership of its own.
+pub(crate) async fn follow_leadership(node: Arc<Node>, hosted: Arc<HostedShard>, known: watch::Sender<Leadership>) {
+    let HostedShard { shard, own, raft, reader, effects, idle, .. } = &*hosted;
     let (mut server, mut applied) = (raft.server_metrics(), reader.applied());
     loop {
         let mut now = current(&server);
@@ -89,14 +81,15 @@ pub(crate) async fn follow_leadership(
         if now.leads {
             // Before anybody may register: an event between the two would be told to nobody.
             effects.lead(now.term);
-            leads(now.term);
+            node.environment.observer.iter().for_each(|observer| observer.leads(*shard, *own, now.term));
         }
         if known.send_if_modified(|known| std::mem::replace(known, now) != now) {
             idle.wake();
+            node.leaders.send_replace(());
         }
         let waits_for_apply = now.leads && !now.ready;
         tokio::select! {
-            () = stop.cancelled() => return,
+            () = node.stop.cancelled() => return,
             changed = server.changed() => if changed.is_err() { return },
             changed = applied.changed(), if waits_for_apply => if changed.is_err() { return },
         }

@@ -307,7 +307,8 @@ impl Broker {
     pub async fn ready(&self, deadline: Duration) -> Result<(), ReadyError> {
         let mut failed = self.node.failed.subscribe();
         let ready = async {
-            while !upkeep::is_ready(&self.node) {
+            let mut readiness = upkeep::Readiness::default();
+            while !readiness.is_ready(&self.node) {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };

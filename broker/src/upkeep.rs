@@ -12,7 +12,7 @@ use tonic_health::{
     server::HealthReporter,
 };
 
-use crate::{host, node::Node, shard::HostedShard};
+use crate::{host, meta::MetaView, node::Node, shard::HostedShard};
 
 /// How often logs are purged, lag is measured and new shards are noted as initialized.
 const ROUND: Duration = Duration::from_secs(1);
@@ -107,39 +107,60 @@ pub(crate) async fn failures(node: Arc<Node>) {
     }
 }
 
-/// Whether callers should be sent here: the cluster is made, and every replica here knows a leader.
-pub(crate) fn is_ready(node: &Node) -> bool {
-    let Some(view) = node.meta.view() else { return false };
-    if node.failed.borrow().is_some() || node.stop.is_cancelled() {
-        return false;
+/// Judges whether callers should be sent to a broker.
+#[derive(Default)]
+pub(crate) struct Readiness {
+    /// The picture of the cluster and the replicas here that were seen to have begun.
+    begun: Option<(Arc<MetaView>, Replicas)>,
+}
+
+impl Readiness {
+    /// Whether the cluster is made, and every replica here knows a leader.
+    pub(crate) fn is_ready(&mut self, node: &Node) -> bool {
+        let Some(view) = node.meta.view() else { return false };
+        if node.failed.borrow().is_some() || node.stop.is_cancelled() {
+            return false;
+        }
+        let all = node.all_hosted();
+        // Shards are many, and what they are is asked often and changes rarely.
+        let same = |(of, here): &(Arc<MetaView>, Replicas)| Arc::ptr_eq(of, &view) && Arc::ptr_eq(here, &all);
+        if !self.begun.as_ref().is_some_and(same) {
+            self.begun = have_begun(node, &view, &all).then_some((view, all));
+        }
+        // A parked replica knows its leader.
+        let settled = |hosted: &Arc<HostedShard>| {
+            let known = hosted.leadership();
+            known.leader.is_some() && (known.ready || !known.leads)
+        };
+        self.begun.is_some() && node.links.parking.ticking(node).iter().all(settled)
     }
-    // A parked replica knows its leader. Two ascending lists: who is here and who ought to be.
-    let settled = |hosted: &Arc<HostedShard>| {
-        let known = hosted.leadership();
-        known.leader.is_some() && (known.ready || !known.leads)
-    };
-    let all = node.all_hosted();
+}
+
+type Replicas = Arc<[Arc<HostedShard>]>;
+
+/// Whether all shards are initialized, and those that ought to be here are.
+fn have_begun(node: &Node, view: &MetaView, all: &Replicas) -> bool {
+    // Two ascending lists: who is here and who ought to be.
     let mut hosted = all.iter().map(|hosted| hosted.shard).peekable();
     let mut is_hosted = |shard| {
         while hosted.next_if(|at| *at < shard).is_some() {}
         hosted.peek() == Some(&shard) || node.hosted(shard).is_some()
     };
-    let begun = view.placement.shards.iter().all(|placement| {
+    view.placement.shards.iter().all(|placement| {
         let here = placement.replicas.iter().any(|&id| id >> 32 == u64::from(node.broker.0));
         placement.initialized && (!here || is_hosted(ShardId(placement.shard)))
-    });
-    begun && node.links.parking.ticking(node).iter().all(settled)
+    })
 }
 
 /// Keeps the probes and the gRPC health service true.
 pub(crate) async fn probes(node: Arc<Node>, probes: Probes, health: HealthReporter) {
-    let (mut every, mut told) = (tokio::time::interval(JUDGE), None);
+    let (mut every, mut told, mut readiness) = (tokio::time::interval(JUDGE), None, Readiness::default());
     loop {
         tokio::select! {
             _ = every.tick() => {}
             () = node.stop.cancelled() => break,
         }
-        let ready = is_ready(&node);
+        let ready = readiness.is_ready(&node);
         probes.set_ready(ready);
         probes.set_live(node.failed.borrow().is_none());
         if told.replace(ready) != Some(ready) {

@@ -253,7 +253,7 @@ impl ApplyThread {
         mut applied: Applied,
         responder: Option<ApplyResponder<TypeConfig>>,
     ) {
-        core.since_cut.fetch_add(bytes, Relaxed);
+        core.log_applied(bytes);
         if core.dirty_since_ms.load(Relaxed) == 0 {
             core.dirty_since_ms.store(self.epoch.elapsed().as_millis() as u64 + 1, Relaxed);
         }

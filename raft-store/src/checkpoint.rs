@@ -25,7 +25,7 @@ use crate::{
     db::Db,
     exec::{Exec, Worker},
     quarantine::Quarantine,
-    shard::ShardCore,
+    shard::{ShardCore, Undurable},
     store::{Failure, StoreConfig, StoreError},
     wal,
 };
@@ -246,7 +246,17 @@ impl Flusher {
 const ASK_AGAIN_MS: u64 = 5_000;
 
 /// Which shard should be checkpointed now, if any; it counts as asked from here on.
-pub(crate) fn due(config: &StoreConfig, shards: &[Arc<ShardCore>], now_ms: u64) -> Option<Arc<ShardCore>> {
+pub(crate) fn due<'a>(
+    config: &StoreConfig,
+    shards: impl Iterator<Item = &'a Arc<ShardCore>> + Clone,
+    undurable: &Undurable,
+    now_ms: u64,
+) -> Option<Arc<ShardCore>> {
+    let (log, rows) = (undurable.log.load(Relaxed), undurable.rows.load(Relaxed));
+    if log == 0 {
+        // Nothing was applied anywhere that is not durable.
+        return None;
+    }
     let dirty = |core: &&Arc<ShardCore>| core.dirty_since_ms.load(Relaxed) != 0;
     let idle = |core: &&Arc<ShardCore>| {
         let asked = core.asked_ms.load(Relaxed);
@@ -254,13 +264,11 @@ pub(crate) fn due(config: &StoreConfig, shards: &[Arc<ShardCore>], now_ms: u64) 
     };
     let interval_ms = config.checkpoint_interval.as_millis() as u64;
     let age = |core: &ShardCore| now_ms.saturating_sub(core.dirty_since_ms.load(Relaxed));
-    let candidates = || shards.iter().filter(dirty).filter(idle);
-    let by_itself = candidates()
-        .find(|core| core.since_cut.load(Relaxed) >= config.checkpoint_log_bytes || age(core) >= interval_ms);
-    let undurable: u64 = shards.iter().map(|core| core.undurable_log()).sum();
-    let rows: usize = shards.iter().map(|core| core.undurable_rows.load(Relaxed)).sum();
+    let candidates = || shards.clone().filter(dirty).filter(idle);
+    let by_itself =
+        candidates().find(|core| core.since_cut() >= config.checkpoint_log_bytes || age(core) >= interval_ms);
     // From half of either bound on, so that the bound itself, which refuses work, is not reached in normal life.
-    let crowded = undurable >= config.undurable_log_bytes / 2 || rows >= config.cache_bytes / 2;
+    let crowded = log >= config.undurable_log_bytes / 2 || rows >= config.cache_bytes / 2;
     let oldest = || crowded.then(|| candidates().max_by_key(|core| age(core))).flatten();
     let core = by_itself.or_else(oldest)?;
     core.asked_ms.store(now_ms.max(1), Relaxed);

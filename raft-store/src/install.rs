@@ -255,8 +255,8 @@ fn reload(core: &ShardCore, parts: &Parts) -> Result<(), DbError> {
     state.cache.clear();
     state.cache.adopt(loaded.cache);
     state.progress = loaded.progress;
-    core.since_cut.store(0, Relaxed);
-    core.in_cut.store(0, Relaxed);
+    core.log_cut();
+    core.log_durable();
     core.dirty_since_ms.store(0, Relaxed);
     core.asked_ms.store(0, Relaxed);
     core.count_rows(&state);

@@ -60,7 +60,7 @@ impl ShardMachine {
         }
         let layer = state.cache.freeze()?;
         let row = state.progress.to_row();
-        core.in_cut.fetch_add(core.since_cut.swap(0, Relaxed), Relaxed);
+        core.log_cut();
         core.dirty_since_ms.store(0, Relaxed);
         drop(state);
         // Whatever is applied is in the log by now; the newest operation covers it, wherever its index lies.
@@ -89,7 +89,7 @@ impl Drop for Checkpoint {
             drop(cut.layer);
             let mut state = self.core.state.lock();
             state.cache.thaw();
-            self.core.since_cut.fetch_add(self.core.in_cut.swap(0, Relaxed), Relaxed);
+            self.core.log_thawed();
             let _ = self.core.dirty_since_ms.compare_exchange(0, self.parts.now_ms(), Relaxed, Relaxed);
             self.core.asked_ms.store(0, Relaxed);
             drop(state);
@@ -115,7 +115,7 @@ impl Checkpoint {
         let written = self.parts.checkpoints.written(|done| WriteJob { core, layer: cut.layer, row: cut.row, done });
         written.await.map_err(io::Error::other)?;
         self.parts.checkpoints.flushed(false).await.map_err(io::Error::other)?;
-        self.core.in_cut.store(0, Relaxed);
+        self.core.log_durable();
         self.core.asked_ms.store(0, Relaxed);
         self.core.durable.send_replace(meta.last_log_id);
         Ok(meta)

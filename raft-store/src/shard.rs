@@ -5,7 +5,10 @@ use std::{
     ops::Range,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{
+            AtomicBool, AtomicU64, AtomicUsize,
+            Ordering::{AcqRel, Relaxed, Release},
+        },
     },
 };
 
@@ -141,15 +144,17 @@ pub(crate) struct ShardCore {
     pub(crate) applied: watch::Sender<Option<RaftLogId>>,
     pub(crate) durable: watch::Sender<Option<RaftLogId>>,
     /// Bytes of log applied since the last cut.
-    pub(crate) since_cut: AtomicU64,
+    since_cut: AtomicU64,
     /// Bytes of log between the durable checkpoint and the cut that is being written.
-    pub(crate) in_cut: AtomicU64,
+    in_cut: AtomicU64,
     /// Milliseconds of the store's clock since when the shard has changes that no cut holds; 0 while it has none.
     pub(crate) dirty_since_ms: AtomicU64,
     /// Milliseconds of the store's clock when the broker was last asked to checkpoint it; 0 when nothing is under way.
     pub(crate) asked_ms: AtomicU64,
     /// Memory that only a checkpoint frees, as last counted.
-    pub(crate) undurable_rows: AtomicUsize,
+    undurable_rows: AtomicUsize,
+    /// What all shards of the store have of the three above.
+    undurable: Arc<Undurable>,
     /// A snapshot is being installed: no cut may begin.
     pub(crate) installing: AtomicBool,
     /// Closed while a snapshot replaces the rows on disk: whoever read then would see half of two states.
@@ -160,14 +165,82 @@ pub(crate) struct ShardCore {
     pub(crate) thawed: Notify,
 }
 
+/// What only checkpoints free, of all shards of a store together: asked for with every command, so it is counted along.
+#[derive(Default)]
+pub(crate) struct Undurable {
+    /// Bytes of log that a restart would have to apply again.
+    pub(crate) log: AtomicU64,
+    /// Bytes of rows in memory.
+    pub(crate) rows: AtomicUsize,
+}
+
 impl ShardCore {
+    /// A shard that was applied up to `state`, all of it durable.
+    pub(crate) fn new(
+        shard: ShardId,
+        slots: Range<u16>,
+        log: Arc<LogCore>,
+        state: ShardState,
+        undurable: Arc<Undurable>,
+    ) -> Self {
+        let applied = state.progress.applied;
+        Self {
+            shard,
+            slots,
+            log,
+            state: Mutex::new(state),
+            applied: watch::Sender::new(applied),
+            durable: watch::Sender::new(applied),
+            since_cut: AtomicU64::new(0),
+            in_cut: AtomicU64::new(0),
+            dirty_since_ms: AtomicU64::new(0),
+            asked_ms: AtomicU64::new(0),
+            undurable_rows: AtomicUsize::new(0),
+            undurable,
+            installing: AtomicBool::new(false),
+            gate: Arc::default(),
+            staging: Arc::default(),
+            thawed: Notify::new(),
+        }
+    }
+
     /// Counts again what only a checkpoint frees. To be called under the shard's lock.
     pub(crate) fn count_rows(&self, state: &ShardState) {
-        self.undurable_rows.store(state.cache.undurable_bytes(), Relaxed);
+        let now = state.cache.undurable_bytes();
+        let before = self.undurable_rows.swap(now, Relaxed);
+        // Adds what is negative too.
+        self.undurable.rows.fetch_add(now.wrapping_sub(before), Relaxed);
     }
 
     /// Bytes of log that a restart would have to apply again.
     pub(crate) fn undurable_log(&self) -> u64 {
         self.since_cut.load(Relaxed) + self.in_cut.load(Relaxed)
+    }
+
+    /// Bytes of log applied since the last cut.
+    pub(crate) fn since_cut(&self) -> u64 {
+        self.since_cut.load(Relaxed)
+    }
+
+    /// So many more bytes of log are applied.
+    pub(crate) fn log_applied(&self, bytes: u64) {
+        // The sum first: whoever sees these bytes here may take them off it.
+        self.undurable.log.fetch_add(bytes, Relaxed);
+        self.since_cut.fetch_add(bytes, Release);
+    }
+
+    /// A cut holds what is applied. To be called under the shard's lock.
+    pub(crate) fn log_cut(&self) {
+        self.in_cut.fetch_add(self.since_cut.swap(0, AcqRel), Release);
+    }
+
+    /// The cut is not going to be written. To be called under the shard's lock.
+    pub(crate) fn log_thawed(&self) {
+        self.since_cut.fetch_add(self.in_cut.swap(0, AcqRel), Release);
+    }
+
+    /// What the cut holds is durable.
+    pub(crate) fn log_durable(&self) {
+        self.undurable.log.fetch_sub(self.in_cut.swap(0, AcqRel), Relaxed);
     }
 }

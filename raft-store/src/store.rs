@@ -8,7 +8,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -21,7 +21,7 @@ use stentor_proto::{
 };
 use thiserror::Error;
 use tokio::{
-    sync::{Notify, mpsc, oneshot, watch},
+    sync::{mpsc, oneshot, watch},
     time::Instant,
 };
 
@@ -38,7 +38,7 @@ use crate::{
     machine::ShardMachine,
     quarantine::Quarantine,
     reader::ShardReader,
-    shard::{ShardCore, ShardState},
+    shard::{ShardCore, ShardState, Undurable},
     snapshot::SnapshotReceiver,
     types::RaftLogId,
     wal::{Op, Wal},
@@ -305,6 +305,7 @@ pub struct Store {
     apply_stats: Arc<ApplyStats>,
     workers: Mutex<Vec<Worker>>,
     shards: Mutex<BTreeMap<ShardId, Arc<ShardCore>>>,
+    undurable: Arc<Undurable>,
     /// One shard is opened at a time.
     opening: tokio::sync::Mutex<()>,
     /// Held for as long as the directory is in use.
@@ -322,6 +323,7 @@ impl Store {
             apply_stats,
             workers: Mutex::new(workers),
             shards: Mutex::default(),
+            undurable: Arc::default(),
             opening: tokio::sync::Mutex::default(),
             _lock: lock,
         }
@@ -390,23 +392,7 @@ impl Store {
             return Err(damaged(format!("the log is purged up to {purged}, the state was applied up to {applied:?}")));
         }
         log.applied_to(applied.map_or(0, |id| id.index));
-        let core = Arc::new(ShardCore {
-            shard,
-            slots,
-            log: log.clone(),
-            state: Mutex::new(state),
-            applied: watch::Sender::new(applied),
-            durable: watch::Sender::new(applied),
-            since_cut: AtomicU64::new(0),
-            in_cut: AtomicU64::new(0),
-            dirty_since_ms: AtomicU64::new(0),
-            asked_ms: AtomicU64::new(0),
-            undurable_rows: AtomicUsize::new(0),
-            installing: AtomicBool::new(false),
-            gate: Arc::default(),
-            staging: Arc::default(),
-            thawed: Notify::new(),
-        });
+        let core = Arc::new(ShardCore::new(shard, slots, log.clone(), state, self.undurable.clone()));
         self.shards.lock().insert(shard, core.clone());
         let parts = self.parts.clone();
         Ok(Shard {
@@ -465,9 +451,9 @@ impl Store {
             loads: self.apply_stats.loads.load(Relaxed),
             checkpoints: self.parts.checkpoints.stats.checkpoints.load(Relaxed),
             flushes: self.parts.checkpoints.stats.flushes.load(Relaxed),
-            dirty_bytes: cores.iter().map(|core| core.undurable_rows.load(Relaxed) as u64).sum(),
+            dirty_bytes: self.undurable.rows.load(Relaxed) as u64,
             clean_bytes: cores.iter().map(|core| core.state.lock().cache.clean_bytes() as u64).sum(),
-            undurable_log_bytes: cores.iter().map(|core| core.undurable_log()).sum(),
+            undurable_log_bytes: self.undurable.log.load(Relaxed),
         }
     }
 
@@ -491,9 +477,7 @@ impl Store {
 
     /// True while new work should be refused (`OVERLOADED`): undurable log or dirty rows fill their bounds.
     pub fn overloaded(&self) -> bool {
-        let shards = self.shards.lock();
-        let log: u64 = shards.values().map(|core| core.undurable_log()).sum();
-        let rows: usize = shards.values().map(|core| core.undurable_rows.load(Relaxed)).sum();
+        let (log, rows) = (self.undurable.log.load(Relaxed), self.undurable.rows.load(Relaxed));
         log >= self.config.undurable_log_bytes || rows >= self.config.cache_bytes
     }
 
@@ -503,7 +487,9 @@ impl Store {
         // A quarter of the flusher's patience: dueness is a matter of seconds and megabytes.
         let pause = (self.config.checkpoint_interval / 40).clamp(Duration::from_millis(5), Duration::from_millis(250));
         loop {
-            if let Some(core) = checkpoint::due(&self.config, &self.cores(), self.parts.now_ms()) {
+            let now = self.parts.now_ms();
+            let due = checkpoint::due(&self.config, self.shards.lock().values(), &self.undurable, now);
+            if let Some(core) = due {
                 return core.shard;
             }
             tokio::time::sleep(pause).await;

@@ -224,6 +224,7 @@ async fn the_schedule_asks_for_every_shard_and_positions_follow(place: fn() -> P
         let ShardPosition { applied, durable, undurable_log_bytes, .. } = store.position(ShardId(id)).unwrap();
         assert_eq!((applied, undurable_log_bytes), (durable, 0));
     }
+    assert_eq!(store.stats().undurable_log_bytes, 0, "of all shards");
     assert_eq!(store.shards_on_disk().unwrap().len(), 3);
 }
 
@@ -235,8 +236,16 @@ async fn a_dropped_cut_is_dirty_again(place: fn() -> Place) {
     let cut = replica.shard.machine.try_create_snapshot_builder(false).await.unwrap();
     replica.write(50..100).await;
     assert!(replica.shard.machine.try_create_snapshot_builder(false).await.is_none(), "one cut at a time");
+    let undurable = || (store.position(ShardId(1)).unwrap().undurable_log_bytes, store.stats());
+    let (before, all) = undurable();
+    assert!(before > 0 && all.dirty_bytes > 0);
+    assert_eq!(all.undurable_log_bytes, before, "what all shards have together");
     drop(cut);
+    let (after, all) = undurable();
+    assert_eq!((after, all.undurable_log_bytes), (before, before));
     replica.checkpoint().await;
+    let (after, all) = undurable();
+    assert_eq!((after, all.undurable_log_bytes, all.dirty_bytes), (0, 0, 0));
     replica.write(100..120).await;
     let mut model = Model::new(ShardId(1));
     model.apply_to(119);
