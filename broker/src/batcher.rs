@@ -1,9 +1,12 @@
 //! One shard's way in: commands become bundles, bundles become entries, answers go back in order. Must never propose
 //! under a stamp or a term that is not this leader's, and never hold more than its bounds.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use futures_util::{StreamExt, stream::FuturesOrdered};
@@ -15,6 +18,7 @@ use openraft::{
 use stentor_engine::{
     apply::LEVEL,
     batch::{Admit, Batch, BatchRules, Close},
+    echo::Echo,
     effect::Outcome,
     limits,
     stamp::StampClock,
@@ -189,6 +193,7 @@ pub(crate) fn start(parts: Parts, stop: CancellationToken) -> (Proposer, impl Fu
         waiting_bytes,
         rules: BatchRules::default(),
         batch: Batch::default(),
+        echo: Echo::default(),
         builder: Builder::new(),
         replies: Vec::new(),
         held: None,
@@ -202,7 +207,9 @@ pub(crate) fn start(parts: Parts, stop: CancellationToken) -> (Proposer, impl Fu
 /// Who waits, and for how many outcomes.
 type Replying = (Reply, usize);
 
-type Ending = std::pin::Pin<Box<dyn Future<Output = (Vec<Replying>, Option<ClientWriteResult<TypeConfig>>)> + Send>>;
+/// A bundle that was proposed at that moment.
+type Proposal = (Vec<Replying>, Duration, Option<ClientWriteResult<TypeConfig>>);
+type Ending = std::pin::Pin<Box<dyn Future<Output = Proposal> + Send>>;
 
 struct Batcher {
     parts: Parts,
@@ -210,6 +217,7 @@ struct Batcher {
     waiting_bytes: Arc<AtomicUsize>,
     rules: BatchRules,
     batch: Batch,
+    echo: Echo,
     builder: Builder,
     replies: Vec<Replying>,
     /// Did not fit into the open bundle; begins the next one.
@@ -227,9 +235,10 @@ impl Batcher {
             let room = self.in_flight.len() < limits::BUNDLES_IN_FLIGHT;
             let mut deadline = None;
             if room {
+                let (now, idle) = (self.origin.elapsed(), self.in_flight.is_empty());
                 let decision = match self.held {
                     Some(_) => Close::Now,
-                    None => self.batch.close(&self.rules, self.origin.elapsed(), self.in_flight.is_empty()),
+                    None => self.batch.close(&self.rules, now, idle, self.echo.waits(now)),
                 };
                 match decision {
                     Close::Now => {
@@ -242,7 +251,9 @@ impl Batcher {
             }
             tokio::select! {
                 biased;
-                Some((replies, result)) = self.in_flight.next(), if !self.in_flight.is_empty() => {
+                Some((replies, since, result)) = self.in_flight.next(), if !self.in_flight.is_empty() => {
+                    let now = self.origin.elapsed();
+                    self.echo.answered(now, count(&replies), now.saturating_sub(since));
                     answer(replies, result);
                 }
                 waiting = self.receiver.recv(), if self.held.is_none() => match waiting {
@@ -271,7 +282,9 @@ impl Batcher {
         match self.batch.admit(&self.rules, bytes) {
             Admit::Join => {
                 self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
-                self.batch.joined(self.origin.elapsed(), bytes);
+                let now = self.origin.elapsed();
+                self.batch.joined(now, bytes);
+                self.echo.joined(now, waiting.outcomes);
                 self.builder.push(&waiting.command);
                 self.parts.reader.prefetch(std::iter::once(&waiting.command));
                 self.replies.push((waiting.reply, waiting.outcomes));
@@ -289,6 +302,7 @@ impl Batcher {
         let builder = std::mem::take(&mut self.builder);
         let replies = std::mem::take(&mut self.replies);
         self.batch.closed();
+        self.echo.closed();
         let leadership = *self.parts.leadership.borrow();
         let not_leader = NotProposed::NotLeader { leader: leadership.elsewhere(), retry_here: leadership.leads };
         if !leadership.ready {
@@ -298,7 +312,7 @@ impl Batcher {
         let stamp = self.stamp(leadership.term);
         let metrics = &self.parts.metrics;
         metrics.bundles.inc();
-        let sends: usize = replies.iter().map(|(_, outcomes)| outcomes).sum();
+        let sends = count(&replies);
         metrics.proposals.inc_by(sends as u64);
         metrics.commands_per_bundle.observe(sends as f64);
         let (responder, result) = ProgressResponder::complete_only();
@@ -307,7 +321,8 @@ impl Batcher {
         if write.await.is_err() {
             return refuse(replies, NotProposed::Unknown { leader: None });
         }
-        self.in_flight.push_back(Box::pin(async move { (replies, result.await.ok()) }));
+        let since = self.origin.elapsed();
+        self.in_flight.push_back(Box::pin(async move { (replies, since, result.await.ok()) }));
     }
 
     /// The stamp of the next entry.
@@ -329,6 +344,10 @@ impl Batcher {
             }
         }
     }
+}
+
+fn count(replies: &[Replying]) -> usize {
+    replies.iter().map(|(_, outcomes)| outcomes).sum()
 }
 
 fn refuse(replies: Vec<Replying>, why: NotProposed) {

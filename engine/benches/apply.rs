@@ -92,7 +92,7 @@ fn bundling(c: &mut Criterion) {
                 }
                 builder.push(command);
                 batch.joined(Duration::ZERO, command.len());
-                black_box(batch.close(&rules, Duration::ZERO, false) == Close::Now);
+                black_box(batch.close(&rules, Duration::ZERO, false, None) == Close::Now);
             }
             bundles.push(builder.finish(apply::LEVEL, StampMs(1)));
             bundles

@@ -1,5 +1,5 @@
 //! When a shard's bundle closes, as a pure decision: size, age, and whether the shard has anything under way. Must
-//! never let a command wait while the shard is idle.
+//! never let a command wait while the shard is idle, but for those who are about to come back ([`crate::echo`]).
 
 use std::time::Duration;
 
@@ -71,12 +71,16 @@ impl Batch {
         self.bytes += 4 + command_bytes;
     }
 
-    /// What to do with it now. `idle`: the shard has no proposed bundle that is not yet applied.
-    pub fn close(&self, rules: &BatchRules, now: Duration, idle: bool) -> Close {
+    /// What to do with it now. `idle`: the shard has no proposed bundle that is not yet applied. `crowd`: until when it
+    /// waits all the same, for those who are about to come back ([`crate::echo::Echo::waits`]).
+    pub fn close(&self, rules: &BatchRules, now: Duration, idle: bool, crowd: Option<Duration>) -> Close {
         let deadline = self.opened.saturating_add(rules.max_wait);
+        let deadline = crowd.filter(|_| idle).map_or(deadline, |until| until.min(deadline));
         match self.count {
             0 => Close::Empty,
-            _ if idle || self.bytes >= rules.close_bytes || self.count >= bundle::MAX_COMMANDS => Close::Now,
+            _ if idle && crowd.is_none() || self.bytes >= rules.close_bytes || self.count >= bundle::MAX_COMMANDS => {
+                Close::Now
+            }
             _ if now >= deadline => Close::Now,
             _ => Close::At(deadline),
         }
@@ -110,11 +114,15 @@ mod tests {
     #[test]
     fn an_idle_shard_does_not_wait() {
         let mut batch = Batch::default();
-        assert_eq!(batch.close(&RULES, NOW, true), Close::Empty);
+        assert_eq!(batch.close(&RULES, NOW, true, None), Close::Empty);
         batch.joined(NOW, 10);
-        assert_eq!(batch.close(&RULES, NOW, true), Close::Now);
-        assert_eq!(batch.close(&RULES, NOW, false), Close::At(NOW + RULES.max_wait));
-        assert_eq!(batch.close(&RULES, NOW + RULES.max_wait, false), Close::Now);
+        assert_eq!(batch.close(&RULES, NOW, true, None), Close::Now);
+        assert_eq!(batch.close(&RULES, NOW, false, None), Close::At(NOW + RULES.max_wait));
+        assert_eq!(batch.close(&RULES, NOW + RULES.max_wait, false, None), Close::Now);
+        let crowd = NOW + RULES.max_wait / 4;
+        assert_eq!(batch.close(&RULES, NOW, true, Some(crowd)), Close::At(crowd));
+        assert_eq!(batch.close(&RULES, crowd, true, Some(crowd)), Close::Now);
+        assert_eq!(batch.close(&RULES, NOW, false, Some(crowd)), Close::At(NOW + RULES.max_wait));
     }
 
     #[test]
@@ -122,7 +130,7 @@ mod tests {
         let mut batch = Batch::default();
         assert_eq!(batch.admit(&RULES, 5_000), Admit::Join);
         batch.joined(NOW, 5_000);
-        assert_eq!(batch.close(&RULES, NOW, false), Close::Now);
+        assert_eq!(batch.close(&RULES, NOW, false, None), Close::Now);
         assert_eq!(batch.admit(&RULES, 1), Admit::CloseFirst);
         batch.closed();
         assert_eq!(batch.admit(&RULES, limits::MAX_COMMAND_BYTES), Admit::Join);

@@ -10,6 +10,7 @@ pub mod command;
 pub mod conversation;
 pub mod dedup;
 pub mod delivery;
+pub mod echo;
 pub mod effect;
 pub mod join;
 pub mod key;

@@ -24,6 +24,10 @@ const INDEX_BLOCK_BYTES: usize = 4 << 10;
 /// Files of the log instance, a memtable each, before they are merged.
 const LOG_FILES: i32 = 12;
 
+/// What a flush or a merge writes at once. The log's fsyncs wait behind one write on the disk, a millisecond per MiB or
+/// much more (docs/performance.md).
+const WRITE_BYTES: u64 = 256 << 10;
+
 /// Made and removed again, to see what the file system can do.
 const PROBE_FILE: &str = ".direct-io";
 /// Any device's block.
@@ -41,6 +45,7 @@ fn both() -> Options {
     options.set_max_background_jobs(2);
     // 20,000 descriptors a process is the hard limit on small machines; sockets come first.
     options.set_max_open_files(512);
+    options.set_writable_file_max_buffer_size(WRITE_BYTES);
     options
 }
 
