@@ -253,7 +253,11 @@ impl Batcher {
                 biased;
                 Some((replies, since, result)) = self.in_flight.next(), if !self.in_flight.is_empty() => {
                     let now = self.origin.elapsed();
-                    self.echo.answered(now, count(&replies), now.saturating_sub(since));
+                    match &result {
+                        Some(Ok(_)) => self.echo.answered(now, count(&replies), now.saturating_sub(since)),
+                        // How long it took says nothing, and nobody comes back for sure.
+                        _ => self.echo = Echo::default(),
+                    }
                     answer(replies, result);
                 }
                 waiting = self.receiver.recv(), if self.held.is_none() => match waiting {

@@ -16,7 +16,10 @@ use stentor_proto::{
 use stentor_raft_store::{ApplyHook, types::RaftLogId};
 use tokio::sync::mpsc;
 
-use crate::{environment::Observer, interest::ShardInterest};
+use crate::{
+    environment::Observer,
+    interest::{ShardInterest, Watched},
+};
 
 /// Outbox hints that may wait; a lost one only means a scan.
 const HINTS: usize = 4_096;
@@ -42,11 +45,11 @@ pub(crate) struct ShardEffects {
 
 impl ShardEffects {
     /// With the receiving end of its outbox hints.
-    pub(crate) fn new(shard: ShardId) -> (Arc<Self>, mpsc::Receiver<OutboxItem>) {
+    pub(crate) fn new(shard: ShardId, watched: Watched) -> (Arc<Self>, mpsc::Receiver<OutboxItem>) {
         let (hints, receiver) = mpsc::channel(HINTS);
         let effects = Self {
             leading: AtomicU64::new(0),
-            interest: ShardInterest::new(shard),
+            interest: ShardInterest::new(shard, watched),
             hints,
             lost_hints: AtomicBool::new(false),
         };

@@ -368,15 +368,13 @@ pub(crate) async fn beats(node: Arc<Node>) {
             _ = every.tick() => {}
             () = node.stop.cancelled() => return,
         }
-        let mut leaders = 0;
         let parking = &node.links.parking;
-        let (ticking, parked) = (parking.ticking(&node), parking.led(&node));
-        // A parked shard in which no gateway is interested has nobody to tell.
-        let (told, silent): (Vec<_>, Vec<_>) = parked.iter().partition(|hosted| hosted.effects.interest.is_watched());
-        leaders += silent.len() as i64;
-        for hosted in ticking.iter().chain(told) {
+        let ticking = parking.ticking(&node);
+        let leads = ticking.iter().filter(|hosted| hosted.leadership().leads).count();
+        node.metrics.leaders.set((leads + parking.leaders()) as i64);
+        let watched: Vec<ShardId> = node.watched.lock().iter().copied().collect();
+        for hosted in watched.into_iter().filter_map(|shard| node.hosted(shard)) {
             let Ok(leader) = hosted.raft.as_leader() else { continue };
-            leaders += 1;
             let term = leader.term();
             let acked = leader.last_quorum_acked().map(|at| crate::raft::LEASE.saturating_sub(at.elapsed()));
             let left = acked.unwrap_or_default().max(parking.lease_left(hosted.shard));
@@ -385,6 +383,5 @@ pub(crate) async fn beats(node: Arc<Node>) {
                 left => hosted.effects.interest.beat(term, left),
             }
         }
-        node.metrics.leaders.set(leaders);
     }
 }

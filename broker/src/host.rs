@@ -55,7 +55,7 @@ pub(crate) async fn open(
     slots: Range<u16>,
     own: ReplicaId,
 ) -> Result<Arc<HostedShard>, HostError> {
-    let (effects, hints) = ShardEffects::new(shard);
+    let (effects, hints) = ShardEffects::new(shard, node.watched.clone());
     node.hook.add(shard, effects.clone());
     let mut parts = node.store.shard(shard, slots.clone()).await.map_err(|e| match e {
         StoreError::Damaged { what, .. } => HostError::Damaged(shard, what),
@@ -97,8 +97,9 @@ pub(crate) async fn open(
     let reader = parts.reader;
     let hosted = HostedShard { shard, own, raft, reader, slots, voted_before, leadership, proposer, effects, idle };
     let hosted = Arc::new(hosted);
-    node.spawn(follow_leadership(node.clone(), hosted.clone(), known));
     node.host(hosted.clone());
+    // Whoever is told that leaders have changed must find it.
+    node.spawn(follow_leadership(node.clone(), hosted.clone(), known));
     if node.links.replaced.has(shard) {
         // Told while it was being opened: whoever looked for it then did not find it.
         hosted.raft.runtime_config().elect(false);

@@ -2,7 +2,7 @@
 //! never let a slow gateway cost memory: beyond its budget events are dropped, and their head is told with the next beat.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     hash::{Hash, Hasher},
     sync::{
         Arc,
@@ -171,7 +171,11 @@ struct Run<'a> {
 pub(crate) struct ShardInterest {
     shard: ShardId,
     state: Mutex<State>,
+    watched: Watched,
 }
+
+/// The shards of a broker in which any gateway is interested.
+pub(crate) type Watched = Arc<Mutex<BTreeSet<ShardId>>>;
 
 /// A stream's interest in one topic.
 struct Interested {
@@ -192,8 +196,8 @@ struct State {
 }
 
 impl ShardInterest {
-    pub(crate) fn new(shard: ShardId) -> Self {
-        Self { shard, state: Mutex::default() }
+    pub(crate) fn new(shard: ShardId, watched: Watched) -> Self {
+        Self { shard, state: Mutex::default(), watched }
     }
 
     /// From now on the stream gets everything of the topic that this leader applies. `None`: it is new there, and the
@@ -214,6 +218,7 @@ impl ShardInterest {
         state.topics.entry(topic.to_key()).or_default().push(interested);
         stream.interests.fetch_add(1, Ordering::Relaxed);
         state.streams.entry(stream.id).or_insert_with(|| (stream.clone(), 0)).1 += 1;
+        self.note(&state);
         Some(generation)
     }
 
@@ -243,6 +248,7 @@ impl ShardInterest {
             *count -= 1;
             if *count == 0 {
                 state.streams.remove(&stream.id);
+                self.note(&state);
                 drop(stream.take_dropped(self.shard));
             }
         }
@@ -254,6 +260,7 @@ impl ShardInterest {
         if state.streams.remove(&stream.id).is_none() {
             return;
         }
+        self.note(&state);
         state.topics.retain(|_, streams| {
             streams.retain(|s| s.stream.id != stream.id);
             !streams.is_empty()
@@ -300,9 +307,13 @@ impl ShardInterest {
         streams.for_each(|interested| interested.stream.live(self.shard, &run, metrics));
     }
 
-    /// Whether any stream is interested.
-    pub(crate) fn is_watched(&self) -> bool {
-        !self.state.lock().streams.is_empty()
+    /// Under the lock of the state, whenever streams have come or gone.
+    fn note(&self, state: &State) {
+        let mut watched = self.watched.lock();
+        match state.streams.is_empty() {
+            true => watched.remove(&self.shard),
+            false => watched.insert(self.shard),
+        };
     }
 
     /// Tells every interested stream that this replica still leads, with the heads of what was dropped.
@@ -321,7 +332,9 @@ impl ShardInterest {
         let (topics, streams) = {
             let mut state = self.state.lock();
             // The count goes on: a registration of before must not look like one of after.
-            (std::mem::take(&mut state.topics), std::mem::take(&mut state.streams))
+            let all = (std::mem::take(&mut state.topics), std::mem::take(&mut state.streams));
+            self.note(&state);
+            all
         };
         drop(topics);
         for (stream, count) in streams.into_values() {

@@ -27,7 +27,7 @@ fn frames(batches: &mut Batches<BrokerFrame>) -> Vec<Frame> {
 
 #[test]
 fn only_the_interested_get_events_and_only_once() {
-    let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
+    let (interest, metrics) = (ShardInterest::new(ShardId(3), Watched::default()), Metrics::default());
     let (one, two) = (Attached::new("one".into()), Attached::new("two".into()));
     let (mut from_one, mut from_two) = (Batches::of(one.queue.clone()), Batches::of(two.queue.clone()));
     interest.add(&one, Topic::conversation("app", "a"));
@@ -45,7 +45,7 @@ fn only_the_interested_get_events_and_only_once() {
 
 #[test]
 fn a_registration_that_fails_takes_no_newer_one_with_it() {
-    let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
+    let (interest, metrics) = (ShardInterest::new(ShardId(3), Watched::default()), Metrics::default());
     let stream = Attached::new("one".into());
     let mut out = Batches::of(stream.queue.clone());
     let older = interest.add(&stream, Topic::conversation("app", "a")).unwrap();
@@ -67,7 +67,7 @@ fn a_registration_that_fails_takes_no_newer_one_with_it() {
 
 #[test]
 fn what_a_full_stream_drops_is_told_with_the_next_beat() {
-    let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
+    let (interest, metrics) = (ShardInterest::new(ShardId(3), Watched::default()), Metrics::default());
     let stream = Attached::new("one".into());
     let mut out = Batches::of(stream.queue.clone());
     interest.add(&stream, Topic::conversation("app", "a"));
@@ -87,7 +87,7 @@ fn what_a_full_stream_drops_is_told_with_the_next_beat() {
 
 #[test]
 fn the_end_of_a_leadership_and_of_a_stream_leave_nothing_behind() {
-    let interest = ShardInterest::new(ShardId(3));
+    let interest = ShardInterest::new(ShardId(3), Watched::default());
     let (one, two) = (Attached::new("one".into()), Attached::new("two".into()));
     let mut out = Batches::of(one.queue.clone());
     interest.add(&one, Topic::conversation("app", "a"));
@@ -102,7 +102,7 @@ fn the_end_of_a_leadership_and_of_a_stream_leave_nothing_behind() {
 
 #[test]
 fn a_users_head_goes_to_whoever_wants_it_and_is_not_lost_when_there_is_no_room() {
-    let (interest, metrics) = (ShardInterest::new(ShardId(3)), Metrics::default());
+    let (interest, metrics) = (ShardInterest::new(ShardId(3), Watched::default()), Metrics::default());
     let stream = Attached::new("one".into());
     let mut out = Batches::of(stream.queue.clone());
     interest.add(&stream, Topic::user("app", "ann"));
@@ -124,8 +124,32 @@ fn a_users_head_goes_to_whoever_wants_it_and_is_not_lost_when_there_is_no_room()
 }
 
 #[test]
+fn a_shard_is_watched_as_long_as_any_stream_is_interested() {
+    let watched = Watched::default();
+    let interest = ShardInterest::new(ShardId(3), watched.clone());
+    let is_watched = || watched.lock().contains(&ShardId(3));
+    let (one, two) = (Attached::new("one".into()), Attached::new("two".into()));
+    assert!(!is_watched());
+    interest.add(&one, Topic::conversation("app", "a"));
+    interest.add(&one, Topic::conversation("app", "b"));
+    interest.add(&two, Topic::user("app", "ann"));
+    interest.remove(&one, Topic::conversation("app", "a"));
+    interest.forget(&two);
+    assert!(is_watched());
+    interest.remove(&one, Topic::conversation("app", "b"));
+    assert!(!is_watched());
+    interest.add(&two, Topic::user("app", "ann"));
+    interest.forget(&two);
+    assert!(!is_watched());
+    interest.add(&one, Topic::user("app", "ann"));
+    assert!(is_watched());
+    interest.close(4);
+    assert!(!is_watched());
+}
+
+#[test]
 fn a_stream_at_its_bound_keeps_what_it_has_and_gets_no_more() {
-    let interest = ShardInterest::new(ShardId(3));
+    let interest = ShardInterest::new(ShardId(3), Watched::default());
     let stream = Attached::new("one".into());
     let first = interest.add(&stream, Topic::conversation("app", "a")).unwrap();
     stream.interests.store(limits::GATEWAY_INTERESTS, Ordering::Relaxed);

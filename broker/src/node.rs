@@ -11,8 +11,8 @@ use tokio::{sync::watch, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    clocks::Clocks, config::BrokerConfig, effects::Hook, environment::Environment, meta::Meta, metrics::Metrics,
-    network::Links, raft::LEASE, router::Peers, shard::HostedShard,
+    clocks::Clocks, config::BrokerConfig, effects::Hook, environment::Environment, interest::Watched, meta::Meta,
+    metrics::Metrics, network::Links, raft::LEASE, router::Peers, shard::HostedShard,
 };
 
 /// One running broker.
@@ -31,6 +31,8 @@ pub(crate) struct Node {
     pub(crate) stop: CancellationToken,
     pub(crate) started: Instant,
     pub(crate) failed: watch::Sender<Option<String>>,
+    /// In which shards gateways are interested.
+    pub(crate) watched: Watched,
     /// Told whenever a replica here learns who leads.
     pub(crate) leaders: watch::Sender<()>,
     /// What this broker waits for before it can take part, for people.
@@ -80,6 +82,7 @@ impl Node {
             stop: CancellationToken::new(),
             started,
             failed: watch::Sender::new(None),
+            watched: Watched::default(),
             leaders: watch::Sender::new(()),
             waits_for: Mutex::default(),
             hosted: ArcSwap::default(),

@@ -204,6 +204,11 @@ impl Parking {
         shards.into_iter().filter_map(|shard| node.hosted(shard)).collect()
     }
 
+    /// How many of the parked replicas lead.
+    pub(crate) fn leaders(&self) -> usize {
+        self.tables.lock().leads.len()
+    }
+
     /// How many replicas are parked here.
     pub(crate) fn parked(&self) -> usize {
         let tables = self.tables.lock();

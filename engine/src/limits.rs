@@ -133,7 +133,8 @@ pub const RUN_LINGER_MS: u64 = 2;
 
 /// A bundle closes at this size; a larger command travels alone.
 pub const BUNDLE_CLOSE_BYTES: usize = 32 * 1024;
-/// A bundle closes when its first command has waited this long, unless the shard is idle: then at once.
+/// A bundle closes when its first command has waited this long, unless the shard is idle: then at once, but for those who
+/// are about to come back (`echo`); for them it waits no longer either.
 pub const BUNDLE_WAIT: std::time::Duration = std::time::Duration::from_millis(2);
 /// Free bytes that an arena for event records gets at once: one allocation for a bundle's worth of records.
 pub const RECORD_ARENA_BYTES: usize = 64 * 1024;

@@ -153,7 +153,7 @@ pub(crate) struct ShardCore {
     pub(crate) asked_ms: AtomicU64,
     /// Memory that only a checkpoint frees, as last counted.
     undurable_rows: AtomicUsize,
-    /// What all shards of the store have of the three above.
+    /// What all shards of the store have of `since_cut` and `in_cut`, and of `undurable_rows`.
     undurable: Arc<Undurable>,
     /// A snapshot is being installed: no cut may begin.
     pub(crate) installing: AtomicBool,
