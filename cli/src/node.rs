@@ -16,8 +16,8 @@ fn bad(args: &NodeArgs, error: impl std::fmt::Display) -> Failure {
     Failure::misuse(format_args!("{}: {error}", args.config.display()))
 }
 
-/// How long a node may take to come up before it says so.
-const READY_WITHIN: Duration = Duration::from_secs(60);
+/// How long a node may take to come up before it says what it lacks: well before `cluster up` gives up and quotes it.
+const READY_WITHIN: Duration = Duration::from_secs(20);
 
 /// Runs a broker.
 pub(crate) async fn broker(args: &NodeArgs) -> Result<(), Failure> {

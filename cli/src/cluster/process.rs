@@ -129,8 +129,7 @@ pub(crate) async fn ready(dir: &Path, node: &Node, deadline: Instant) -> Result<
             return Err(Failure::failed(format_args!("{} has ended; {}", node.name, last_words(dir, node))));
         }
         if Instant::now() >= deadline {
-            let log = layout::log_path(dir, &node.name);
-            return Err(Failure::failed(format_args!("{} is not ready in time; see {}", node.name, log.display())));
+            return Err(Failure::failed(format_args!("{} is not ready in time; {}", node.name, last_words(dir, node))));
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }

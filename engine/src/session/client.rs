@@ -200,8 +200,7 @@ struct Conversation<S> {
     cursors: Cursors,
     /// In [`Session::ready`].
     is_ready: bool,
-    /// A question for the send state is on its way, or in [`Session::questions`].
-    asked: bool,
+    question: Question,
     /// Cursors wait in [`Session::moved`].
     is_moved: bool,
     /// A stream of this conversation ran on this connection before.
@@ -214,6 +213,18 @@ struct Conversation<S> {
     wakes_at: u64,
     /// How far a stream had come that has ended: one that begins by itself goes on from there.
     passed: Seq,
+}
+
+/// Where the question for the send state is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Question {
+    /// There is none.
+    #[default]
+    None,
+    /// In [`Session::questions`].
+    Waits,
+    /// In [`Session::asks`] under this number.
+    Asked(u64),
 }
 
 #[derive(Debug)]
@@ -435,7 +446,7 @@ impl<S> Conversation<S> {
             stream: None,
             cursors: Cursors::default(),
             is_ready: false,
-            asked: false,
+            question: Question::None,
             is_moved: false,
             streamed: false,
             answered_ms: 0,
@@ -446,7 +457,10 @@ impl<S> Conversation<S> {
     }
 
     fn is_busy(&self) -> bool {
-        self.stream.is_some() || self.is_moved || self.asked || self.outbox.as_ref().is_some_and(|o| !o.is_idle())
+        self.stream.is_some()
+            || self.is_moved
+            || self.question != Question::None
+            || self.outbox.as_ref().is_some_and(|o| !o.is_idle())
     }
 }
 

@@ -349,6 +349,11 @@ impl<S> Outbox<S> {
         self.probing = true;
     }
 
+    /// Whether it waits for the server's count.
+    pub(super) fn needs_count(&self) -> bool {
+        self.count == Count::Unknown && !self.pending.is_empty()
+    }
+
     /// Whether a conversation's state, which may be older than the last answer, is good enough for the count.
     pub(super) fn adopts_any_state(&self) -> bool {
         self.count == Count::Unknown && self.pending.iter().all(|e| e.send.send_no == 0)
@@ -368,15 +373,18 @@ impl<S> Outbox<S> {
         }
     }
 
-    /// The server's count can't be had, for good: everything that waits is refused, or unknown.
+    /// The server's count can't be had, for good: everything that waits is refused, or unknown. Nothing happens when it
+    /// isn't waited for.
     pub(super) fn no_count(&mut self, refusal: &v1::Refusal, answers: &mut Vec<(S, Answer)>) {
+        if self.count == Count::Known || self.in_flight > 0 {
+            return;
+        }
         self.stopped = None;
-        self.count = Count::Unknown;
         answers.extend(self.pending.drain(..).map(|e| {
             let doubtful = e.uncertain && !e.lost_number;
             (e.ticket, if doubtful { Answer::Unknown(refusal.clone()) } else { Answer::Refused(refusal.clone()) })
         }));
-        (self.round, self.in_flight) = (0, 0);
+        self.round = 0;
     }
 
     /// The server's count can't be had right now.

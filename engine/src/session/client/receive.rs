@@ -11,7 +11,8 @@ use stentor_proto::{
 use crate::limits;
 
 use super::{
-    Answer, Conversation, Limits, Output, Phase, Session, Violation, credit_cost, stream::Stream, subscription,
+    Answer, Conversation, Limits, Output, Phase, Question, Session, Violation, credit_cost, stream::Stream,
+    subscription,
 };
 
 impl<S, R> Session<S, R> {
@@ -167,6 +168,10 @@ impl<S, R> Session<S, R> {
         }
         let mut unknown = Vec::new();
         outbox.adopt(last, &mut unknown);
+        // Its answer is older than what is sent from now on: it must not say anything about that.
+        if let Question::Asked(number) = std::mem::take(&mut conversation.question) {
+            self.asks.remove(&number);
+        }
         self.push_unknown(unknown);
         self.settle(now, id.as_str());
     }
@@ -238,7 +243,7 @@ impl<S, R> Session<S, R> {
 
     fn send_state(&mut self, now: u64, id: &ConversationId, result: Result<response::Result, v1::Refusal>) {
         let Some(conversation) = self.conversations.get_mut(id.as_str()) else { return };
-        conversation.asked = false;
+        conversation.question = Question::None;
         let Some(outbox) = &mut conversation.outbox else { return };
         match result {
             Ok(response::Result::SendState(state)) => return self.adopt(now, id, SendNo(state.last), false),

@@ -10,7 +10,7 @@ use stentor_proto::{
     v1::{self, request::Call},
 };
 
-use super::{Answer, Config, Output, Phase, Session, Violation, outbox::Want, subscription};
+use super::{Answer, Config, Output, Phase, Question, Session, Violation, outbox::Want, subscription};
 use crate::limits;
 
 /// After the moment to leave has come, sends in flight get this long for their answers, in ms.
@@ -49,7 +49,7 @@ impl<S, R> Session<S, R> {
         (self.in_flight, self.stuck) = (0, 0);
         (self.times.leave, self.times.leaving, self.times.moves_due, self.times.room) = (None, false, None, None);
         for conversation in self.conversations.values_mut() {
-            (conversation.is_ready, conversation.asked, conversation.streamed) = (false, false, false);
+            (conversation.is_ready, conversation.streamed, conversation.question) = (false, false, Question::None);
             (conversation.stuck, conversation.wakes_at) = (false, 0);
             if let Some(outbox) = &mut conversation.outbox {
                 outbox.disconnected();
@@ -207,7 +207,7 @@ impl<S, R> Session<S, R> {
         let Some(outbox) = &mut conversation.outbox else { return };
         let mut unknown = Vec::new();
         outbox.go_back(&mut unknown);
-        let (want, asked) = (outbox.want(now, self.limits.run_sends), conversation.asked);
+        let want = outbox.want(now, self.limits.run_sends);
         let id = conversation.id.clone();
         if self.phase == Phase::Open {
             match want {
@@ -215,8 +215,8 @@ impl<S, R> Session<S, R> {
                     conversation.is_ready = true;
                     self.ready.push_back(id);
                 }
-                Want::Ask if !asked => {
-                    conversation.asked = true;
+                Want::Ask if conversation.question == Question::None => {
+                    conversation.question = Question::Waits;
                     self.questions.push_back(id);
                 }
                 Want::WakeAt(at) if conversation.wakes_at != at => {
@@ -235,10 +235,7 @@ impl<S, R> Session<S, R> {
     /// Writes the next question for a count, or the next request: a gateway stops reading when too many are open, and
     /// sends must not wait behind them.
     fn write_call(&mut self, out: &mut BytesMut) -> bool {
-        let (id, call) = if let Some(conversation) = self.questions.pop_front() {
-            let id = self.request_id();
-            let call = Call::SendState(v1::SendStateRequest { conversation: conversation.as_str().into() });
-            self.asks.insert(id, conversation);
+        let (id, call) = if let Some((id, call)) = self.next_question() {
             (id, Some(call))
         } else if let Some(id) = self.calls.pop_front() {
             (id, self.requests.get_mut(&id).and_then(|p| p.call.take()))
@@ -250,6 +247,26 @@ impl<S, R> Session<S, R> {
             ClientFrame::from(v1::Request { id, call }).encode(out);
         }
         true
+    }
+
+    /// Of those that wait, the first one whose answer is still needed.
+    fn next_question(&mut self) -> Option<(u64, Call)> {
+        while let Some(id) = self.questions.pop_front() {
+            let Some(conversation) = self.conversations.get_mut(id.as_str()) else { continue };
+            if conversation.question != Question::Waits {
+                continue;
+            }
+            conversation.question = Question::None;
+            if conversation.outbox.as_ref().is_some_and(|outbox| outbox.needs_count()) {
+                let number = self.next_request;
+                self.next_request += 1;
+                conversation.question = Question::Asked(number);
+                let call = Call::SendState(v1::SendStateRequest { conversation: id.as_str().into() });
+                self.asks.insert(number, id);
+                return Some((number, call));
+            }
+        }
+        None
     }
 
     /// Does what is due at this time.

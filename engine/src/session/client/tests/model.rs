@@ -31,6 +31,10 @@ pub(super) enum Action {
     RepeatProposal(usize),
     /// The gateway refuses the next send that it takes.
     RefuseNext(usize),
+    /// Who asks next for his count is told that he is nobody here.
+    RefuseQuestion,
+    /// An answer to such a question that took its time goes out.
+    AnswerLate,
     Cut,
     Connect,
     Wait(u64),
@@ -63,6 +67,8 @@ struct Conversation {
     items: Vec<Option<Bytes>>,
     sends: SendState,
     forgotten: bool,
+    /// A question for the count was refused: what was on its way before stays unknown.
+    shut: bool,
 }
 
 #[derive(Default)]
@@ -83,6 +89,9 @@ pub(super) struct World {
     pipes: Vec<(usize, VecDeque<v1::Send>)>,
     connections: usize,
     refuse_next: Option<Reason>,
+    refuse_question: bool,
+    /// Answers to questions for counts that take their time, with the connection.
+    late: VecDeque<(usize, v1::Response)>,
     conversations: Vec<Conversation>,
     ids: Vec<ConversationId>,
     /// What the device sent, by ticket: conversation, body, answer.
@@ -104,6 +113,8 @@ impl World {
             pipes: Vec::new(),
             connections: 0,
             refuse_next: None,
+            refuse_question: false,
+            late: VecDeque::new(),
             conversations: ids.iter().map(|_| Conversation::default()).collect(),
             received: ids.iter().map(|_| Vec::new()).collect(),
             ids,
@@ -126,6 +137,12 @@ impl World {
                 }
             }
             Action::RefuseNext(reason) => self.refuse_next = Some(REFUSALS[reason]),
+            Action::RefuseQuestion => self.refuse_question = true,
+            Action::AnswerLate => {
+                if let Some((connection, response)) = self.late.pop_front() {
+                    self.answer(connection, response);
+                }
+            }
             Action::Cut => self.cut(),
             Action::Connect => self.connect(),
             Action::Wait(ms) => {
@@ -215,9 +232,18 @@ impl World {
             ClientFrame::Credit(credit) => self.connection.as_mut().unwrap().credit += credit.bytes as i64,
             ClientFrame::Request(request) => {
                 let Some(Call::SendState(call)) = request.call else { panic!("{request:?}") };
-                let sends = &self.conversations[self.index(&call.conversation)].sends;
+                let index = self.index(&call.conversation);
+                let Conversation { sends, shut, .. } = &mut self.conversations[index];
+                *shut |= self.refuse_question;
                 let state = v1::SendStateResponse { last: sends.last, done_no: sends.done_no };
-                self.answer(at, v1::Response { id: request.id, result: Some(response::Result::SendState(state)) });
+                let result = match std::mem::take(&mut self.refuse_question) {
+                    true => response::Result::Refusal(Reason::NotAParticipant.refusal()),
+                    false => response::Result::SendState(state),
+                };
+                self.late.push_back((at, v1::Response { id: request.id, result: Some(result) }));
+                if self.draws.below(2) == 0 {
+                    self.act(Action::AnswerLate);
+                }
             }
             ClientFrame::Ping(ping) => self.answer(at, v1::Pong { token: ping.token }),
             ClientFrame::Send(send) => match self.refuse_next.take() {
@@ -408,7 +434,7 @@ impl World {
 
     /// No more faults; everything must come to an end.
     pub(super) fn heal(&mut self) {
-        self.refuse_next = None;
+        (self.refuse_next, self.refuse_question) = (None, false);
         for _ in 0..2_000 {
             self.act(Action::Connect);
             self.act(Action::Up(8));
@@ -418,6 +444,7 @@ impl World {
             for conversation in 0..self.ids.len() {
                 self.act(Action::Stream { conversation, count: 10 });
             }
+            (0..self.late.len()).for_each(|_| self.act(Action::AnswerLate));
             self.act(Action::Down(30));
             self.act(Action::Consume(50));
             self.act(Action::Wait(100));
@@ -440,10 +467,14 @@ impl World {
             }
         }
         for (ticket, (index, body, answer)) in self.tickets.iter().enumerate() {
-            let Conversation { items, forgotten, .. } = &self.conversations[*index];
+            let Conversation { items, forgotten, shut, .. } = &self.conversations[*index];
             match answer {
                 Some(Answer::Sent { seq, .. }) => assert_eq!(items[seq.0 as usize - 1].as_ref(), Some(body)),
-                Some(Answer::Unknown(_)) => assert!(*forgotten, "{ticket} unknown without a cause"),
+                Some(Answer::Refused(refusal)) => {
+                    assert_eq!(refusal.reason, "NOT_A_PARTICIPANT");
+                    assert!(!items.contains(&Some(body.clone())), "{ticket} was refused and is there");
+                }
+                Some(Answer::Unknown(_)) => assert!(*forgotten || *shut, "{ticket} unknown without a cause"),
                 other => panic!("{ticket}: {other:?}"),
             }
         }

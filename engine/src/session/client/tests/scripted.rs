@@ -257,6 +257,29 @@ fn a_final_refusal_is_the_answer_unless_an_earlier_attempt_may_have_been_accepte
 }
 
 #[test]
+fn an_answer_to_a_question_that_is_no_longer_asked_says_nothing() {
+    let state_of =
+        |last_send_no| v1::ConversationState { conversation: "c".into(), last_send_no, ..Default::default() };
+    let nobody = || Some(response::Result::Refusal(Reason::NotAParticipant.refusal()));
+    let mut device = device();
+    open(&mut device, 0);
+    device.send(0, &id("c"), text("x"), "x").unwrap();
+    let asked = question(&written(&mut device, 0)).unwrap();
+    // The user is added meanwhile, and the stream's state tells the count first.
+    give(&mut device, 0, state_of(4)).unwrap();
+    assert_eq!(numbers(&written(&mut device, 0)), [(5, 4, &b"x"[..])]);
+    give(&mut device, 0, v1::Response { id: asked, result: nobody() }).unwrap();
+    assert_eq!(answers(&mut device), []);
+    // The same with a question that has not gone out yet, and a late answer that is no refusal.
+    give(&mut device, 0, sent(5, 9)).unwrap();
+    assert_eq!(answers(&mut device).len(), 1);
+    device.send(0, &id("d"), text("y"), "y").unwrap();
+    give(&mut device, 0, v1::ConversationState { conversation: "d".into(), ..state_of(7) }).unwrap();
+    let frames = written(&mut device, 0);
+    assert_eq!((question(&frames), numbers(&frames)), (None, vec![(8, 7, &b"y"[..])]));
+}
+
+#[test]
 fn a_body_over_the_limit_is_refused_here_and_holds_up_nothing() {
     static LARGE: [u8; 101] = [b'x'; 101];
     let mut device = device();
