@@ -222,7 +222,8 @@ fn a_full_disk_stops_the_brokers_and_loses_nothing_that_was_acknowledged() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("disk");
     fs::create_dir(&dir).unwrap();
-    let Some(disk) = SmallDisk::new(&dir, "96m") else {
+    // The logs of three brokers take 132 MB in advance: all of them must have come up before there is no more room.
+    let Some(disk) = SmallDisk::new(&dir, "160m") else {
         assert!(!rustix::process::geteuid().is_root(), "root could not mount a file system");
         eprintln!("not tried: only root may mount the small disk that this needs");
         return;

@@ -2,8 +2,10 @@
 //! value: whatever happens, the processes are taken down before their folder goes.
 
 use std::{
+    io::{Read, Seek},
     path::{Path, PathBuf},
     process::Stdio,
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
@@ -29,10 +31,15 @@ impl Default for Size {
     }
 }
 
+/// Between two looks at a start that was given up.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
 /// A running cluster; killed when dropped.
 #[derive(Debug)]
 pub struct Local {
     binary: PathBuf,
+    /// `cluster up`, until it has ended.
+    starting: Option<tokio::process::Child>,
     /// Gone after the processes.
     folder: TempDir,
 }
@@ -45,20 +52,25 @@ impl Local {
         let folder = tempfile::Builder::new().prefix(&prefix).tempdir();
         let folder = folder.map_err(BenchError::io("make a folder for the cluster"))?;
         // Made before it starts, so that a start that fails or is given up is cleared away too.
-        let local = Self { binary: binary.to_owned(), folder };
+        let mut local = Self { binary: binary.to_owned(), starting: None, folder };
+        let io = |error| BenchError::io(format!("start {}", binary.display()))(error);
+        let mut said = tempfile::tempfile().map_err(io)?;
         let numbers = [size.brokers, size.gateways, size.shards].map(|number| number.to_string());
         let [brokers, gateways, shards] = &numbers;
         let mut command = tokio::process::Command::from(local.command(&["cluster", "up"]));
         command.args(["--brokers", brokers, "--gateways", gateways, "--shards", shards]);
-        let ended = command.kill_on_drop(true).output().await;
-        let ended = ended.map_err(BenchError::io(format!("start {}", binary.display())))?;
-        if ended.status.success() {
+        command.stdout(Stdio::null()).stderr(said.try_clone().map_err(io)?);
+        // Ctrl-C at this command must not reach it: see `Drop`.
+        command.process_group(0);
+        let starting = local.starting.insert(command.spawn().map_err(io)?);
+        let ended = starting.wait().await.map_err(io)?;
+        local.starting = None;
+        if ended.success() {
             return Ok(local);
         }
-        Err(BenchError::Cluster(format!(
-            "the cluster did not start: {}",
-            String::from_utf8_lossy(&ended.stderr).trim()
-        )))
+        let mut why = String::new();
+        let _ = said.rewind().and_then(|()| said.read_to_string(&mut why));
+        Err(BenchError::Cluster(format!("the cluster did not start: {}", why.trim())))
     }
 
     /// How to use it.
@@ -79,14 +91,27 @@ impl Local {
         }
         command
     }
-}
 
-impl Drop for Local {
-    fn drop(&mut self) {
+    fn kill_all(&self) {
         let nodes = self.target().map(|target| target.nodes().to_vec()).unwrap_or_default();
         for node in nodes {
             // Waits for its end: a folder cannot be removed under a process that writes.
             let _ = self.command(&["cluster", "kill", &node.name]).stdout(Stdio::null()).stderr(Stdio::null()).status();
         }
+    }
+}
+
+impl Drop for Local {
+    fn drop(&mut self) {
+        // A start that is given up ends by itself when its nodes do. Killed before that, it would leave a node that it has
+        // not noted yet, and give others the ports that its nodes are about to take.
+        while let Some(starting) = &mut self.starting {
+            match starting.try_wait() {
+                Ok(None) => std::thread::sleep(LOOK_EVERY),
+                _ => self.starting = None,
+            }
+            self.kill_all();
+        }
+        self.kill_all();
     }
 }

@@ -167,10 +167,8 @@ impl Folder {
         self.lock = None;
         let bar = output.progress(names.len() as u64, "ready");
         bar.enable_steady_tick(BAR_EVERY);
-        for name in names {
-            process::ready(&self.dir, &self.node(name)?, deadline).await?;
-            bar.inc(1);
-        }
+        let nodes = names.iter().map(|name| self.node(name)).collect::<Result<Vec<_>, _>>()?;
+        process::ready(&self.dir, &nodes, deadline, || bar.inc(1)).await?;
         bar.finish_and_clear();
         // Bound by now.
         self.ports = None;

@@ -3,7 +3,6 @@
 
 use std::{
     fs::{self, File},
-    net::SocketAddr,
     os::unix::process::CommandExt,
     path::Path,
     process::{Child, Command, Stdio},
@@ -118,19 +117,31 @@ pub(crate) async fn gone(dir: &Path, node: &Node, deadline: Instant) -> bool {
     true
 }
 
-/// Waits until the node is `/readyz`.
-pub(crate) async fn ready(dir: &Path, node: &Node, deadline: Instant) -> Result<(), Failure> {
-    let http: SocketAddr = node.http.ok_or_else(|| Failure::failed(format_args!("{} has no probes", node.name)))?;
+/// Waits until these nodes are `/readyz`, and says so of each. One that ends fails it at once: the others may need it.
+pub(crate) async fn ready(
+    dir: &Path,
+    nodes: &[Node],
+    deadline: Instant,
+    mut is_ready: impl FnMut(),
+) -> Result<(), Failure> {
+    let mut waited_for: Vec<&Node> = nodes.iter().collect();
     loop {
-        if matches!(probe::status(http, "/readyz", PROBE_WITHIN).await, Ok(200)) {
-            return Ok(());
-        }
-        if !is_running(dir, node) {
+        if let Some(node) = nodes.iter().find(|node| !is_running(dir, node)) {
             return Err(Failure::failed(format_args!("{} has ended; {}", node.name, last_words(dir, node))));
         }
+        let mut late = Vec::new();
+        for node in waited_for {
+            let http = node.http.ok_or_else(|| Failure::failed(format_args!("{} has no probes", node.name)))?;
+            match probe::status(http, "/readyz", PROBE_WITHIN).await {
+                Ok(200) => is_ready(),
+                _ => late.push(node),
+            }
+        }
+        let Some(node) = late.first() else { return Ok(()) };
         if Instant::now() >= deadline {
             return Err(Failure::failed(format_args!("{} is not ready in time; {}", node.name, last_words(dir, node))));
         }
+        waited_for = late;
         tokio::time::sleep(LOOK_EVERY).await;
     }
 }
