@@ -9,6 +9,7 @@
 use std::{
     fs,
     net::SocketAddr,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
 };
 
@@ -32,8 +33,9 @@ const APP: &str = "demo";
 const USERS: [&str; 2] = ["ann", "bob"];
 const DEVICE: &str = "phone";
 const ADMIN: &str = "admin";
-/// Several brokers share this machine.
-const CACHE_BYTES_PER_BROKER: usize = 128 * 1024 * 1024;
+/// Several brokers share this machine: each takes this part of its memory for rows, within bounds.
+const CACHE_PART: u64 = 24;
+const CACHE_BYTES: RangeInclusive<u64> = 128 * 1024 * 1024..=1024 * 1024 * 1024;
 /// Devices of a development cluster find another gateway at once; a drain need not take longer than a person waits.
 const DRAIN_MS: u32 = 500;
 
@@ -195,8 +197,14 @@ fn broker_config(
         development: true,
         bootstrap: Some(bootstrap.clone()),
         park_after_ms: stentor_engine::limits::PARK_AFTER_MS,
-        store: StoreTuning { cache_bytes: CACHE_BYTES_PER_BROKER, ..StoreTuning::default() },
+        store: StoreTuning { cache_bytes: cache_bytes(), ..StoreTuning::default() },
     })
+}
+
+fn cache_bytes() -> usize {
+    let memory = rustix::system::sysinfo();
+    let part = memory.totalram.saturating_mul(u64::from(memory.mem_unit)) / CACHE_PART;
+    part.clamp(*CACHE_BYTES.start(), *CACHE_BYTES.end()) as usize
 }
 
 fn gateway_config(dir: &Path, pki: &Pki, file: &ClusterFile, node: &Node) -> Result<GatewayConfig, Failure> {

@@ -16,7 +16,10 @@ use stentor_engine::{
 };
 use stentor_proto::ids::Seq;
 
-use crate::blocks::EventRun;
+use crate::{
+    blocks::EventRun,
+    clean::{Clean, ROW_OVERHEAD_BYTES},
+};
 
 /// A fixed hasher: nothing iterates where order matters, and keys come from checked commands.
 pub(crate) type Map<K, V> = hashbrown::HashMap<K, V, FixedState>;
@@ -32,13 +35,6 @@ pub(crate) struct Layer {
     pub(crate) events: Map<Entity, EventRun>,
     /// Roughly what all of it costs in memory.
     pub(crate) bytes: usize,
-}
-
-/// Slots, pointers and bookkeeping of one row in a map, roughly.
-const ROW_OVERHEAD_BYTES: usize = 64;
-
-fn cost(key: &RowKey, row: Option<&Row>) -> usize {
-    ROW_OVERHEAD_BYTES + key.as_bytes().len() + row.map_or(0, Row::memory_bytes)
 }
 
 fn scanned(key: &RowKey) -> bool {
@@ -74,51 +70,6 @@ impl Layer {
                 }
             }
         }
-    }
-}
-
-/// Clean rows in two generations: a hit in the old one moves to the young one, and when the young one is full the
-/// old one is dropped whole.
-#[derive(Default)]
-struct Clean {
-    young: Map<RowKey, Option<Row>>,
-    old: Map<RowKey, Option<Row>>,
-    young_bytes: usize,
-    old_bytes: usize,
-}
-
-impl Clean {
-    fn promote(&mut self, key: &RowKey) {
-        if let Some((key, row)) = self.old.remove_entry(key) {
-            let bytes = cost(&key, row.as_ref());
-            self.old_bytes = self.old_bytes.saturating_sub(bytes);
-            self.young_bytes += bytes;
-            self.young.insert(key, row);
-        }
-    }
-
-    fn insert(&mut self, key: RowKey, row: Option<Row>) {
-        self.promote(&key);
-        let key_bytes = ROW_OVERHEAD_BYTES + key.as_bytes().len();
-        self.young_bytes += key_bytes + row.as_ref().map_or(0, Row::memory_bytes);
-        if let Some(before) = self.young.insert(key, row) {
-            let bytes = key_bytes + before.as_ref().map_or(0, Row::memory_bytes);
-            self.young_bytes = self.young_bytes.saturating_sub(bytes);
-        }
-    }
-
-    fn trim(&mut self, budget: usize) {
-        if self.young_bytes > budget / 2 {
-            self.old = std::mem::take(&mut self.young);
-            self.old_bytes = std::mem::take(&mut self.young_bytes);
-        }
-    }
-
-    fn take(&mut self, key: &RowKey) -> Option<Option<Row>> {
-        self.promote(key);
-        let row = self.young.remove(key)?;
-        self.young_bytes = self.young_bytes.saturating_sub(cost(key, row.as_ref()));
-        Some(row)
     }
 }
 
@@ -189,7 +140,7 @@ impl Cache {
     }
 
     pub(crate) fn clean_bytes(&self) -> usize {
-        self.clean.young_bytes + self.clean.old_bytes
+        self.clean.bytes()
     }
 
     /// Bytes that only a checkpoint can free.
@@ -209,10 +160,7 @@ impl Cache {
             // All heads are resident: what is not here does not exist.
             return Some(self.heads.get(key));
         }
-        if let Some(row) = self.clean.young.get(key) {
-            return Some(row.as_ref());
-        }
-        self.clean.old.get(key).map(Option::as_ref)
+        self.clean.get(key)
     }
 
     /// Runs of events in memory, older first.
@@ -311,9 +259,6 @@ impl Cache {
 
 impl Rows for Cache {
     fn get(&mut self, key: &RowKey) -> Result<Option<&Row>, NotLoaded> {
-        if !self.clean.old.is_empty() {
-            self.clean.promote(key);
-        }
         self.peek(key).ok_or_else(|| NotLoaded(key.clone()))
     }
 

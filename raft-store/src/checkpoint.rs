@@ -267,8 +267,8 @@ pub(crate) fn due<'a>(
     let candidates = || shards.clone().filter(dirty).filter(idle);
     let by_itself =
         candidates().find(|core| core.since_cut() >= config.checkpoint_log_bytes || age(core) >= interval_ms);
-    // From half of either bound on, so that the bound itself, which refuses work, is not reached in normal life.
-    let crowded = log >= config.undurable_log_bytes / 2 || rows >= config.cache_bytes / 2;
+    // Well below either bound, so that the bound itself, which refuses work, is not reached in normal life.
+    let crowded = log >= config.undurable_log_bytes / 2 || rows >= config.dirty_bytes();
     let oldest = || crowded.then(|| candidates().max_by_key(|core| age(core))).flatten();
     let core = by_itself.or_else(oldest)?;
     core.asked_ms.store(now_ms.max(1), Relaxed);

@@ -7,6 +7,7 @@ mod apply;
 mod blocks;
 mod cache;
 mod checkpoint;
+mod clean;
 mod db;
 mod disk;
 mod exec;

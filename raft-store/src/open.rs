@@ -134,7 +134,7 @@ fn start(
         failed,
         quarantine,
         install_dir: config.dir.join("install"),
-        clean_budget: Arc::new(AtomicUsize::new(config.cache_bytes / 2)),
+        clean_budget: Arc::new(AtomicUsize::new(config.cache_bytes - config.dirty_bytes())),
         epoch,
         identity: Arc::new(Mutex::new(identity)),
     };

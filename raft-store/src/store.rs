@@ -68,6 +68,11 @@ pub struct StoreConfig {
 }
 
 impl StoreConfig {
+    /// The part of the cache that is for dirty rows: from there on they are checkpointed early.
+    pub(crate) fn dirty_bytes(&self) -> usize {
+        self.cache_bytes / 4
+    }
+
     /// The figures of the design under a directory.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self {
@@ -370,8 +375,8 @@ impl Store {
             return Err(StoreError::OtherSlots { shard, found, asked: slots });
         }
         let open = self.shards.lock().len() + 1;
-        // Half of the cache for clean rows, half for dirty ones.
-        self.parts.clean_budget.store(self.config.cache_bytes / 2 / open, Relaxed);
+        let clean = self.config.cache_bytes - self.config.dirty_bytes();
+        self.parts.clean_budget.store(clean / open, Relaxed);
         let (log_db, wal, tail_bytes) = (self.log_db.clone(), self.wal.clone(), self.config.tail_bytes);
         let (state_db, budget, range) = (self.parts.state_db.clone(), self.parts.clean_budget.clone(), slots.clone());
         let exec = self.parts.disk.exec();

@@ -69,6 +69,15 @@ pub enum Load {
         /// Unacknowledged at most, all together.
         window: usize,
     },
+    /// The same into conversations that many devices share among them, since one device has thousands at most.
+    Spread {
+        /// Conversations.
+        conversations: usize,
+        /// Devices at least, each with its part of the conversations.
+        devices: usize,
+        /// Unacknowledged at most, all together.
+        window: usize,
+    },
     /// Every device gets every message, and its place is kept durably for it.
     Cursors {
         /// Devices.

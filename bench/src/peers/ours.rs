@@ -69,9 +69,13 @@ impl Ours {
         Bodies::of_bytes(MESSAGE_BYTES)
     }
 
-    async fn append(&mut self, conversations: usize, window: usize, timing: Timing) -> Result<Vec<Outcome>, PeerError> {
+    async fn append(
+        &mut self,
+        (conversations, window, sessions): (usize, usize, usize),
+        timing: Timing,
+    ) -> Result<Vec<Outcome>, PeerError> {
         let body = BodySize::Bytes(MESSAGE_BYTES);
-        let settings = SendSettings { conversations, window, sessions: 1, body };
+        let settings = SendSettings { conversations, window, sessions, body };
         match self.door {
             Door::Sessions => {
                 let mut load = match self.kept.take() {
@@ -149,7 +153,10 @@ impl Ours {
         self.target = self.local.target()?;
         let one = FanoutSettings { body: BodySize::Bytes(MESSAGE_BYTES), ..FanoutSettings::default() };
         let outcomes = match *load {
-            Load::Append { conversations, window } => self.append(conversations, window, timing).await?,
+            Load::Append { conversations, window } => self.append((conversations, window, 1), timing).await?,
+            Load::Spread { conversations, devices, window } => {
+                self.append((conversations, window, devices), timing).await?
+            }
             Load::Cursors { devices, window } => {
                 let settings = FanoutSettings { devices, window, cursors: true, ..one };
                 self.fanout(settings, Pace::Closed, timing).await?

@@ -356,12 +356,13 @@ fn ourselves() -> Vec<Work> {
     use Against::{OneCore, OursSmall};
     use Goal::{AtMost, None};
     use Metric::{CorePercent, Cpu, P99, Rate, ReplicaBytes};
-    let (large, small) = (append(1_000_000, 1_024), append(1_000, 1_024));
+    let spread = |conversations| Load::Spread { conversations, devices: 200, window: 1_024 };
+    let (large, small) = (spread(1_000_000), spread(1_000));
     let parked = Load::Parked;
     vec![
         work(
             "growth",
-            "1,000,000 conversations, window 1,024 (16 shards)",
+            "1,000,000 conversations of 200 devices, window 1,024 (16 shards)",
             large,
             vec![side(OursSmall, small, &[(P99, AtMost(1.2)), (Cpu, AtMost(1.2)), (Rate, None)])],
         ),

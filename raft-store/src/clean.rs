@@ -1,0 +1,233 @@
+//! Rows that the disk has as well, as many as there is room for. What leaves is chosen by SIEVE (Zhang et al., NSDI 2024):
+//! what is used stays, and thousands of rows that are used once do not drive it out. Must never be asked for a row that a
+//! newer layer has: it may hold an older one.
+
+use std::{cell::Cell, hash::BuildHasher};
+
+use foldhash::fast::FixedState;
+use hashbrown::HashTable;
+use slab::Slab;
+use stentor_engine::{key::RowKey, rows::Row};
+
+/// Slots, pointers and bookkeeping of one row, roughly.
+pub(crate) const ROW_OVERHEAD_BYTES: usize = 64;
+/// Rows that are passed over at most for one that leaves: with every row in use the hand would go all round.
+const STEPS: usize = 64;
+/// No slot.
+const NONE: usize = usize::MAX;
+
+/// What a row costs in memory.
+pub(crate) fn cost(key: &RowKey, row: Option<&Row>) -> usize {
+    ROW_OVERHEAD_BYTES + key.as_bytes().len() + row.map_or(0, Row::memory_bytes)
+}
+
+struct Slot {
+    key: RowKey,
+    /// `None` while a newer layer has the row: it keeps its place, since it was used. `Some(None)` is known not to exist.
+    row: Option<Option<Row>>,
+    /// Used since the hand last passed.
+    used: Cell<bool>,
+    newer: usize,
+    older: usize,
+}
+
+/// The rows. Nothing is iterated in the order of the table.
+pub(crate) struct Clean {
+    table: HashTable<usize>,
+    slots: Slab<Slot>,
+    hasher: FixedState,
+    newest: usize,
+    oldest: usize,
+    hand: usize,
+    bytes: usize,
+}
+
+impl Default for Clean {
+    fn default() -> Self {
+        Self {
+            table: HashTable::new(),
+            slots: Slab::new(),
+            hasher: FixedState::default(),
+            newest: NONE,
+            oldest: NONE,
+            hand: NONE,
+            bytes: 0,
+        }
+    }
+}
+
+impl Clean {
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn find(&self, key: &RowKey) -> Option<usize> {
+        let hash = self.hasher.hash_one(key);
+        self.table.find(hash, |&at| self.slots.get(at).is_some_and(|slot| slot.key == *key)).copied()
+    }
+
+    /// The row, which counts as used; `None` when it is not here.
+    pub(crate) fn get(&self, key: &RowKey) -> Option<Option<&Row>> {
+        let slot = self.slots.get(self.find(key)?)?;
+        slot.used.set(true);
+        slot.row.as_ref().map(Option::as_ref)
+    }
+
+    /// Adds or replaces a row.
+    pub(crate) fn insert(&mut self, key: RowKey, row: Option<Row>) {
+        self.bytes += cost(&key, row.as_ref());
+        if let Some(slot) = self.find(&key).and_then(|at| self.slots.get_mut(at)) {
+            if let Some(before) = slot.row.replace(row) {
+                self.bytes = self.bytes.saturating_sub(cost(&slot.key, before.as_ref()));
+            }
+            return;
+        }
+        let hash = self.hasher.hash_one(&key);
+        let slot = Slot { key, row: Some(row), used: Cell::new(false), newer: NONE, older: self.newest };
+        let at = self.slots.insert(slot);
+        match self.slots.get_mut(self.newest) {
+            Some(newest) => newest.newer = at,
+            None => self.oldest = at,
+        }
+        self.newest = at;
+        let Self { table, slots, hasher, .. } = self;
+        let hash_of = |&at: &usize| slots.get(at).map_or(0, |slot: &Slot| hasher.hash_one(&slot.key));
+        table.insert_unique(hash, at, hash_of);
+    }
+
+    /// Hands the row on to a newer layer. Its place waits for it.
+    pub(crate) fn take(&mut self, key: &RowKey) -> Option<Option<Row>> {
+        let at = self.find(key)?;
+        let slot = self.slots.get_mut(at)?;
+        slot.used.set(true);
+        let row = slot.row.take()?;
+        self.bytes = self.bytes.saturating_sub(cost(&slot.key, row.as_ref()));
+        Some(row)
+    }
+
+    /// Lets go of rows over the budget.
+    pub(crate) fn trim(&mut self, budget: usize) {
+        while self.bytes > budget {
+            // Only places that wait are left.
+            let Some(leaves) = self.leaves() else { return };
+            self.remove(leaves);
+        }
+    }
+
+    /// Which row leaves next; the hand stays behind it. Rows in use are passed over, but not all of them.
+    fn leaves(&mut self) -> Option<usize> {
+        let mut passed = 0;
+        // Once round to find them in use, once more to take one.
+        for _ in 0..=2 * self.slots.len() {
+            let at = if self.hand == NONE { self.oldest } else { self.hand };
+            let slot = self.slots.get(at)?;
+            self.hand = slot.newer;
+            if slot.row.is_none() {
+                continue;
+            }
+            if !slot.used.replace(false) || passed >= STEPS {
+                return Some(at);
+            }
+            passed += 1;
+        }
+        None
+    }
+
+    fn remove(&mut self, at: usize) {
+        let Some(Slot { key, row, newer, older, .. }) = self.slots.try_remove(at) else { return };
+        if let Some(row) = row {
+            self.bytes = self.bytes.saturating_sub(cost(&key, row.as_ref()));
+        }
+        match self.slots.get_mut(newer) {
+            Some(slot) => slot.older = older,
+            None => self.newest = older,
+        }
+        match self.slots.get_mut(older) {
+            Some(slot) => slot.newer = newer,
+            None => self.oldest = newer,
+        }
+        if let Ok(entry) = self.table.find_entry(self.hasher.hash_one(&key), |&found| found == at) {
+            entry.remove();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+    use stentor_engine::key::Entity;
+    use stentor_proto::internal::SendStateRow;
+
+    use super::*;
+
+    fn key(n: u32) -> RowKey {
+        Entity::conversation("a", "c").participant(&format!("user-{n:06}"))
+    }
+
+    fn row(last: u64) -> Option<Row> {
+        (last > 0).then(|| SendStateRow { last, ..SendStateRow::default() }.into())
+    }
+
+    #[test]
+    fn what_is_used_stays_and_one_pass_of_others_does_not_drive_it_out() {
+        let mut clean = Clean::default();
+        let budget = 100 * cost(&key(0), row(1).as_ref());
+        (0..50).for_each(|n| clean.insert(key(n), row(1)));
+        for n in 50..5_000 {
+            clean.insert(key(n), row(1));
+            clean.trim(budget);
+            (0..50).for_each(|used| assert!(clean.get(&key(used)).is_some(), "{used} left when {n} came"));
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Act {
+        Get(u32),
+        Insert(u32, u64),
+        Take(u32),
+        Trim(usize),
+    }
+
+    fn act() -> impl Strategy<Value = Act> {
+        prop_oneof![
+            (0..40u32).prop_map(Act::Get),
+            (0..40u32, 0..3u64).prop_map(|(n, last)| Act::Insert(n, last)),
+            (0..40u32).prop_map(Act::Take),
+            (0..4_000usize).prop_map(Act::Trim),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn it_says_what_it_was_told_last_or_nothing(acts in prop::collection::vec(act(), 0..400)) {
+            let (mut clean, mut told) = (Clean::default(), BTreeMap::new());
+            for act in acts {
+                match act {
+                    Act::Get(n) => {
+                        let said = clean.get(&key(n)).map(Option::<&Row>::cloned);
+                        prop_assert!(said.is_none() || said.as_ref() == told.get(&n));
+                    }
+                    Act::Insert(n, last) => {
+                        clean.insert(key(n), row(last));
+                        told.insert(n, row(last));
+                        prop_assert_eq!(clean.get(&key(n)).map(Option::<&Row>::cloned), Some(row(last)));
+                    }
+                    Act::Take(n) => {
+                        let said = clean.take(&key(n));
+                        prop_assert!(said.is_none() || said.as_ref() == told.get(&n));
+                        told.remove(&n);
+                        prop_assert!(clean.get(&key(n)).is_none());
+                    }
+                    Act::Trim(budget) => {
+                        clean.trim(budget);
+                        prop_assert!(clean.bytes() <= budget);
+                    }
+                }
+                let rows = (0..40).filter_map(|n| clean.get(&key(n)).map(|row| cost(&key(n), row)));
+                prop_assert_eq!(rows.sum::<usize>(), clean.bytes());
+            }
+        }
+    }
+}
