@@ -33,8 +33,10 @@ const APP: &str = "demo";
 const USERS: [&str; 2] = ["ann", "bob"];
 const DEVICE: &str = "phone";
 const ADMIN: &str = "admin";
-/// Several brokers share this machine: each takes this part of its memory for rows, within bounds.
-const CACHE_PART: u64 = 24;
+/// All brokers together take this part of the machine's memory for rows, and each within bounds.
+const CACHE_PART: u64 = 8;
+/// Where a container's bound on memory stands.
+const MEMORY_MAX: &str = "/sys/fs/cgroup/memory.max";
 const CACHE_BYTES: RangeInclusive<u64> = 128 * 1024 * 1024..=1024 * 1024 * 1024;
 /// Devices of a development cluster find another gateway at once; a drain need not take longer than a person waits.
 const DRAIN_MS: u32 = 500;
@@ -197,13 +199,15 @@ fn broker_config(
         development: true,
         bootstrap: Some(bootstrap.clone()),
         park_after_ms: stentor_engine::limits::PARK_AFTER_MS,
-        store: StoreTuning { cache_bytes: cache_bytes(), ..StoreTuning::default() },
+        store: StoreTuning { cache_bytes: cache_bytes(brokers(file).count()), ..StoreTuning::default() },
     })
 }
 
-fn cache_bytes() -> usize {
+fn cache_bytes(brokers: usize) -> usize {
     let memory = rustix::system::sysinfo();
-    let part = memory.totalram.saturating_mul(u64::from(memory.mem_unit)) / CACHE_PART;
+    let machine = memory.totalram.saturating_mul(u64::from(memory.mem_unit));
+    let bound = fs::read_to_string(MEMORY_MAX).ok().and_then(|bytes| bytes.trim().parse().ok());
+    let part = bound.unwrap_or(machine).min(machine) / CACHE_PART / brokers.max(3) as u64;
     part.clamp(*CACHE_BYTES.start(), *CACHE_BYTES.end()) as usize
 }
 

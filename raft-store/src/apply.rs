@@ -163,6 +163,7 @@ impl ApplyThread {
                 Step::Done => {}
                 Step::Park(run, key) => {
                     self.stats.loads.fetch_add(1, Relaxed);
+                    core.state.lock().cache.wait(true);
                     let request =
                         LoadRequest { core: core.clone(), keys: wanted(&core, key, &run, &job), resume: true };
                     self.parked.insert(core.shard, Parked { job, run, calls: Vec::new() });
@@ -180,6 +181,7 @@ impl ApplyThread {
         }
         {
             let mut state = core.state.lock();
+            state.cache.wait(false);
             state.cache.trim();
             core.count_rows(&state);
         }

@@ -41,6 +41,12 @@ fn scanned(key: &RowKey) -> bool {
     !matches!(key.kind(), Some(Kind::Conversation | Kind::SendState))
 }
 
+/// Whether a row that was written will be read soon. What a membership change or a creation leaves behind is read when the
+/// next one concerns the same, or when it expires: it would only drive out what every send reads.
+fn asked_for_again(key: &RowKey) -> bool {
+    !matches!(key.kind(), Some(Kind::ClientKey | Kind::ClientOrder | Kind::Outbox | Kind::UserConversation))
+}
+
 impl Layer {
     fn insert(&mut self, key: RowKey, row: Option<Row>) {
         let key_bytes = key.as_bytes().len() + ROW_OVERHEAD_BYTES;
@@ -91,6 +97,8 @@ pub(crate) struct Cache {
     clean: Clean,
     /// Bytes that the clean rows of one shard may take; shrinks as shards open.
     budget: Arc<AtomicUsize>,
+    /// A command waits for rows that are being loaded, or were: none leaves until it has them all.
+    waited_for: bool,
     /// Counts what could make a row that is being loaded stale.
     generation: u64,
     /// Events appended since the last [`Self::take_appended`].
@@ -107,6 +115,7 @@ impl Cache {
             frozen: None,
             clean: Clean::default(),
             budget,
+            waited_for: false,
             generation: 0,
             appended: 0,
             broken: None,
@@ -180,9 +189,16 @@ impl Cache {
         true
     }
 
-    /// Lets go of clean rows over the bound. Not while rows are being loaded: whoever waits for them needs all.
+    /// Whether a command waits for rows.
+    pub(crate) fn wait(&mut self, waits: bool) {
+        self.waited_for = waits;
+    }
+
+    /// Lets go of clean rows over the bound. Not while a command waits for rows: it needs all of them at once.
     pub(crate) fn trim(&mut self) {
-        self.clean.trim(self.budget.load(Relaxed));
+        if !self.waited_for {
+            self.clean.trim(self.budget.load(Relaxed));
+        }
     }
 
     /// The cut: what is dirty now is frozen, and a fresh set begins. `None` while an earlier cut is being written.
@@ -222,8 +238,10 @@ impl Cache {
                     Some(row) => self.heads.insert(key, row),
                     None => self.heads.remove(&key),
                 };
-            } else {
+            } else if asked_for_again(&key) {
                 self.clean.insert(key, row);
+            } else {
+                self.clean.forget(&key);
             }
         }
         self.trim();

@@ -11,14 +11,14 @@ use stentor_engine::{key::RowKey, rows::Row};
 
 /// Slots, pointers and bookkeeping of one row, roughly.
 pub(crate) const ROW_OVERHEAD_BYTES: usize = 64;
-/// Rows that are passed over at most for one that leaves: with every row in use the hand would go all round.
-const STEPS: usize = 64;
+/// Rows in use that are passed over at most while room is made once: with every row in use the hand would go all round.
+const STEPS: usize = 1_024;
 /// No slot.
 const NONE: usize = usize::MAX;
 
-/// What a row costs in memory.
-pub(crate) fn cost(key: &RowKey, row: Option<&Row>) -> usize {
-    ROW_OVERHEAD_BYTES + key.as_bytes().len() + row.map_or(0, Row::memory_bytes)
+/// What a row's place costs in memory, and what is in it besides.
+fn cost(key: &RowKey, row: Option<&Row>) -> usize {
+    ROW_OVERHEAD_BYTES + key.as_bytes().len() + row.map_or(size_of::<Row>(), Row::memory_bytes)
 }
 
 struct Slot {
@@ -77,9 +77,8 @@ impl Clean {
     pub(crate) fn insert(&mut self, key: RowKey, row: Option<Row>) {
         self.bytes += cost(&key, row.as_ref());
         if let Some(slot) = self.find(&key).and_then(|at| self.slots.get_mut(at)) {
-            if let Some(before) = slot.row.replace(row) {
-                self.bytes = self.bytes.saturating_sub(cost(&slot.key, before.as_ref()));
-            }
+            let before = slot.row.replace(row).flatten();
+            self.bytes = self.bytes.saturating_sub(cost(&slot.key, before.as_ref()));
             return;
         }
         let hash = self.hasher.hash_one(&key);
@@ -101,43 +100,39 @@ impl Clean {
         let slot = self.slots.get_mut(at)?;
         slot.used.set(true);
         let row = slot.row.take()?;
-        self.bytes = self.bytes.saturating_sub(cost(&slot.key, row.as_ref()));
+        self.bytes = (self.bytes + cost(&slot.key, None)).saturating_sub(cost(&slot.key, row.as_ref()));
         Some(row)
+    }
+
+    /// Lets go of the row and its place.
+    pub(crate) fn forget(&mut self, key: &RowKey) {
+        if let Some(at) = self.find(key) {
+            if self.hand == at {
+                self.hand = self.slots.get(at).map_or(NONE, |slot| slot.newer);
+            }
+            self.remove(at);
+        }
     }
 
     /// Lets go of rows over the budget.
     pub(crate) fn trim(&mut self, budget: usize) {
+        let mut passes = STEPS;
         while self.bytes > budget {
-            // Only places that wait are left.
-            let Some(leaves) = self.leaves() else { return };
-            self.remove(leaves);
-        }
-    }
-
-    /// Which row leaves next; the hand stays behind it. Rows in use are passed over, but not all of them.
-    fn leaves(&mut self) -> Option<usize> {
-        let mut passed = 0;
-        // Once round to find them in use, once more to take one.
-        for _ in 0..=2 * self.slots.len() {
             let at = if self.hand == NONE { self.oldest } else { self.hand };
-            let slot = self.slots.get(at)?;
+            let Some(slot) = self.slots.get(at) else { return };
             self.hand = slot.newer;
-            if slot.row.is_none() {
-                continue;
+            // Also a place whose row was not written back for a whole round.
+            if !slot.used.replace(false) || passes == 0 {
+                self.remove(at);
+            } else {
+                passes -= 1;
             }
-            if !slot.used.replace(false) || passed >= STEPS {
-                return Some(at);
-            }
-            passed += 1;
         }
-        None
     }
 
     fn remove(&mut self, at: usize) {
         let Some(Slot { key, row, newer, older, .. }) = self.slots.try_remove(at) else { return };
-        if let Some(row) = row {
-            self.bytes = self.bytes.saturating_sub(cost(&key, row.as_ref()));
-        }
+        self.bytes = self.bytes.saturating_sub(cost(&key, row.flatten().as_ref()));
         match self.slots.get_mut(newer) {
             Some(slot) => slot.older = older,
             None => self.newest = older,
@@ -187,6 +182,7 @@ mod tests {
         Get(u32),
         Insert(u32, u64),
         Take(u32),
+        Forget(u32),
         Trim(usize),
     }
 
@@ -195,6 +191,7 @@ mod tests {
             (0..40u32).prop_map(Act::Get),
             (0..40u32, 0..3u64).prop_map(|(n, last)| Act::Insert(n, last)),
             (0..40u32).prop_map(Act::Take),
+            (0..40u32).prop_map(Act::Forget),
             (0..4_000usize).prop_map(Act::Trim),
         ]
     }
@@ -220,13 +217,19 @@ mod tests {
                         told.remove(&n);
                         prop_assert!(clean.get(&key(n)).is_none());
                     }
+                    Act::Forget(n) => {
+                        clean.forget(&key(n));
+                        told.remove(&n);
+                        prop_assert!(clean.get(&key(n)).is_none());
+                    }
                     Act::Trim(budget) => {
                         clean.trim(budget);
                         prop_assert!(clean.bytes() <= budget);
                     }
                 }
-                let rows = (0..40).filter_map(|n| clean.get(&key(n)).map(|row| cost(&key(n), row)));
-                prop_assert_eq!(rows.sum::<usize>(), clean.bytes());
+                let places = clean.slots.iter().map(|(_, slot)| cost(&slot.key, slot.row.as_ref().and_then(Option::as_ref)));
+                prop_assert_eq!(places.sum::<usize>(), clean.bytes());
+                prop_assert_eq!(clean.slots.len(), clean.table.len());
             }
         }
     }

@@ -100,9 +100,7 @@ impl LoadThread {
                 Ok(rows) => {
                     // A checkpoint came between: what was read may be older than what it wrote.
                     if rows.into_iter().all(|(key, row)| state.cache.loaded(key, row, generation)) {
-                        if !request.resume {
-                            state.cache.trim();
-                        }
+                        state.cache.trim();
                         return;
                     }
                 }

@@ -3,6 +3,7 @@
 
 use std::{
     io::{Read, Seek},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -60,8 +61,6 @@ impl Local {
         let mut command = tokio::process::Command::from(local.command(&["cluster", "up"]));
         command.args(["--brokers", brokers, "--gateways", gateways, "--shards", shards]);
         command.stdout(Stdio::null()).stderr(said.try_clone().map_err(io)?);
-        // Ctrl-C at this command must not reach it: see `Drop`.
-        command.process_group(0);
         let starting = local.starting.insert(command.spawn().map_err(io)?);
         let ended = starting.wait().await.map_err(io)?;
         local.starting = None;
@@ -86,6 +85,8 @@ impl Local {
     fn command(&self, arguments: &[&str]) -> std::process::Command {
         let mut command = std::process::Command::new(&self.binary);
         command.args(arguments).arg("--dir").arg(self.folder.path()).stdin(Stdio::null());
+        // Ctrl-C at this command must not reach it: see `Drop`.
+        command.process_group(0);
         for name in ["STENTOR_DIR", "STENTOR_TOKEN", "STENTOR_CA"] {
             command.env_remove(name);
         }
@@ -106,6 +107,10 @@ impl Drop for Local {
         // A start that is given up ends by itself when its nodes do. Killed before that, it would leave a node that it has
         // not noted yet, and give others the ports that its nodes are about to take.
         while let Some(starting) = &mut self.starting {
+            if !self.folder.path().join("cluster.json").exists() {
+                // It waits for other clusters that start, perhaps, and has no node yet. One that has ended is no fault.
+                let _ = starting.start_kill();
+            }
             match starting.try_wait() {
                 Ok(None) => std::thread::sleep(LOOK_EVERY),
                 _ => self.starting = None,

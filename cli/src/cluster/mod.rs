@@ -160,7 +160,7 @@ impl Folder {
             self.order(name, Order::Start)?;
             let child = process::spawn(&self.dir, &node, self.file.nodes.len())?;
             let pid = child.id();
-            children.push(child);
+            children.push((name.clone(), child));
             self.file.nodes.iter_mut().filter(|n| n.name == *name).for_each(|n| n.pid = Some(pid));
             self.file.write(&self.dir)?;
         }
@@ -168,7 +168,13 @@ impl Folder {
         let bar = output.progress(names.len() as u64, "ready");
         bar.enable_steady_tick(BAR_EVERY);
         let nodes = names.iter().map(|name| self.node(name)).collect::<Result<Vec<_>, _>>()?;
-        process::ready(&self.dir, &nodes, deadline, || bar.inc(1)).await?;
+        let dir = self.dir.clone();
+        // A child of this command has another command line until it is fully there.
+        let has_ended = |node: &Node| match children.iter_mut().find(|(name, _)| *name == node.name) {
+            Some((_, child)) => child.try_wait().is_ok_and(|status| status.is_some()),
+            None => !process::is_running(&dir, node),
+        };
+        process::ready(&self.dir, &nodes, deadline, has_ended, || bar.inc(1)).await?;
         bar.finish_and_clear();
         // Bound by now.
         self.ports = None;

@@ -122,11 +122,12 @@ pub(crate) async fn ready(
     dir: &Path,
     nodes: &[Node],
     deadline: Instant,
+    mut has_ended: impl FnMut(&Node) -> bool,
     mut is_ready: impl FnMut(),
 ) -> Result<(), Failure> {
     let mut waited_for: Vec<&Node> = nodes.iter().collect();
     loop {
-        if let Some(node) = nodes.iter().find(|node| !is_running(dir, node)) {
+        if let Some(node) = nodes.iter().find(|node| has_ended(node)) {
             return Err(Failure::failed(format_args!("{} has ended; {}", node.name, last_words(dir, node))));
         }
         let mut late = Vec::new();
