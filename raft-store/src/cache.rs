@@ -313,3 +313,46 @@ impl Rows for Cache {
         self.dirty.events.insert(conversation.clone(), run);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use stentor_proto::internal::{ClientOrderRow, SendStateRow};
+
+    use super::*;
+
+    fn keys(count: usize) -> Vec<RowKey> {
+        let conversation = Entity::conversation("a", "c");
+        (0..count).map(|n| conversation.send_state("ann", &format!("device-{n}"))).collect()
+    }
+
+    #[test]
+    fn rows_that_a_command_waits_for_stay_until_it_has_them_all() {
+        let mut cache = Cache::new(Arc::new(AtomicUsize::new(0)));
+        cache.wait(true);
+        let wanted = keys(100);
+        for key in &wanted {
+            assert!(cache.loaded(key.clone(), None, cache.generation()));
+            cache.trim();
+        }
+        assert!(wanted.iter().all(|key| cache.peek(key) == Some(None)));
+        cache.wait(false);
+        cache.trim();
+        assert!(wanted.iter().all(|key| cache.peek(key).is_none()));
+    }
+
+    #[test]
+    fn after_a_checkpoint_only_rows_that_are_asked_for_again_are_kept() {
+        let mut cache = Cache::new(Arc::new(AtomicUsize::new(1 << 20)));
+        let kept = keys(1).remove(0);
+        let left = Entity::conversation("a", "c").key(Kind::ClientOrder, &[&[1], b"u", &1u64.to_be_bytes()]);
+        // Known not to exist before: that must not be believed afterwards.
+        assert!(cache.loaded(left.clone(), None, cache.generation()));
+        cache.put(kept.clone(), SendStateRow { last: 1, ..SendStateRow::default() }.into());
+        cache.put(left.clone(), ClientOrderRow::default().into());
+        drop(cache.freeze());
+        cache.written();
+        assert!(matches!(cache.drain(10), Drained::All(_)));
+        assert!(cache.peek(&kept).is_some_and(|row| row.is_some()));
+        assert_eq!(cache.peek(&left), None, "only the disk can tell");
+    }
+}
