@@ -5,7 +5,7 @@ SHELL := bash
 help:
 	@echo "make run [ARGS=…]  build, start a cluster in one process, replay real conversations, prove the result"
 	@echo "                   (ARGS=--exit ends after that; ARGS is passed on to 'stentor dev --demo')"
-	@echo "make build         build the binary and print where it is"
+	@echo "make build         build the binary as it is shipped and print where it is"
 	@echo "make test          all tests and checks"
 	@echo "make chaos         kill real processes under load and judge what clients were promised"
 	@echo "                   (ARGS='brokers --json': one run, for programs; ARGS=--help: all options)"
@@ -17,8 +17,9 @@ help:
 setup:
 	@scripts/setup.sh
 
+# What is shipped and measured has a profile of its own (Cargo.toml).
 build: setup
-	@. scripts/env.sh && cargo build --release --locked -p stentor-cli && echo "$$CARGO_TARGET_DIR/release/stentor"
+	@. scripts/env.sh && cargo build --profile dist --locked -p stentor-cli && echo "$$CARGO_TARGET_DIR/dist/stentor"
 
 run: setup
 	@. scripts/env.sh && cargo build --release --locked -p stentor-cli && \
@@ -33,7 +34,7 @@ verify: setup
 fix: setup
 	@. scripts/env.sh && cargo fmt --all && cargo clippy --release --fix --allow-dirty --allow-staged --workspace --all-targets
 
-# One after the other: the binary under test is compiled as it is shipped, without what only chaos asks of libraries.
+# One after the other: the binary under test has what is shipped, without what only chaos asks of libraries.
 chaos: setup
 	@. scripts/env.sh && cargo build --release --locked -p stentor-cli && \
 	  cargo build --release --locked -p stentor-chaos && \
@@ -41,10 +42,10 @@ chaos: setup
 
 # The floors are examples of the crates that own what they use; they lie beside the binary.
 peers: setup
-	@. scripts/env.sh && cargo build --release --locked -p stentor-cli && \
-	  cargo build --release --locked -p stentor-transport --example bare_quic && \
-	  cargo build --release --locked -p stentor-raft-store --example raw_floor && scripts/peers.sh
+	@. scripts/env.sh && cargo build --profile dist --locked -p stentor-cli && \
+	  cargo build --profile dist --locked -p stentor-transport --example bare_quic && \
+	  cargo build --profile dist --locked -p stentor-raft-store --example raw_floor && scripts/peers.sh
 
 bench: setup
-	@. scripts/env.sh && cargo build --release --locked -p stentor-cli && \
-	  exec "$$CARGO_TARGET_DIR/release/stentor" bench $(if $(ARGS),$(ARGS),send --local)
+	@. scripts/env.sh && cargo build --profile dist --locked -p stentor-cli && \
+	  exec "$$CARGO_TARGET_DIR/dist/stentor" bench $(if $(ARGS),$(ARGS),send --local)

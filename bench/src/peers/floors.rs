@@ -40,7 +40,7 @@ fn example(binary: &Path, name: &str, package: &str) -> Result<PathBuf, PeerErro
         return Ok(examples);
     }
     Err(PeerError::Missing(format!(
-        "{name} is not built (cargo build --release -p {package} --example {name}, or make peers)"
+        "{name} is not built (make peers, or cargo build --profile dist -p {package} --example {name})"
     )))
 }
 
