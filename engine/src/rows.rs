@@ -35,11 +35,11 @@ pub enum BadRow {
 }
 
 macro_rules! row_enum {
-    ($($name:ident($message:ident) = $($kind:ident)|+,)*) => {
+    ($($name:ident($message:ident as $stored:ty) = $($kind:ident)|+,)*) => {
         /// A decoded row. Blocks of events are not here: `apply` only appends to them ([`Rows::append_event`]).
         #[derive(Debug, Clone, PartialEq)]
         #[allow(missing_docs)]
-        pub enum Row { $($name(internal::$message),)* }
+        pub enum Row { $($name($stored),)* }
 
         impl Row {
             fn encoded_len(&self) -> usize {
@@ -52,7 +52,7 @@ macro_rules! row_enum {
 
             fn decode_message(kind: Kind, bytes: &[u8]) -> Result<Self, BadRow> {
                 match kind {
-                    $($(Kind::$kind)|+ => internal::$message::decode(bytes).map(Self::$name).map_err(|_| BadRow::Undecodable),)*
+                    $($(Kind::$kind)|+ => internal::$message::decode(bytes).map(Self::from).map_err(|_| BadRow::Undecodable),)*
                     _ => Err(BadRow::Undecodable),
                 }
             }
@@ -60,29 +60,30 @@ macro_rules! row_enum {
 
         $(impl From<internal::$message> for Row {
             fn from(message: internal::$message) -> Self {
-                Self::$name(message)
+                Self::$name(message.into())
             }
         })*
     };
 }
 
+// Every row in memory takes as much as the largest: those that are few and large lie in boxes.
 row_enum! {
-    Conversation(ConversationRow) = Conversation,
-    Participant(ParticipantRow) = Participant,
-    SendState(SendStateRow) = SendState,
-    ClientKey(ClientKeyRow) = ClientKey,
-    ClientScope(ClientScopeRow) = ClientScope,
-    ClientOrder(ClientOrderRow) = ClientOrder,
-    Outbox(OutboxRow) = Outbox,
-    User(UserRow) = User,
-    Device(DeviceRow) = Device,
-    UserConversation(UserConversationRow) = UserConversation,
-    Cursor(CursorRow) = Delivered | Read,
-    Cluster(ClusterRow) = Cluster,
-    App(AppRow) = App,
-    Broker(BrokerRow) = Broker,
-    Placement(PlacementRow) = Placement,
-    Applied(AppliedRow) = Applied,
+    Conversation(ConversationRow as internal::ConversationRow) = Conversation,
+    Participant(ParticipantRow as internal::ParticipantRow) = Participant,
+    SendState(SendStateRow as internal::SendStateRow) = SendState,
+    ClientKey(ClientKeyRow as internal::ClientKeyRow) = ClientKey,
+    ClientScope(ClientScopeRow as internal::ClientScopeRow) = ClientScope,
+    ClientOrder(ClientOrderRow as internal::ClientOrderRow) = ClientOrder,
+    Outbox(OutboxRow as internal::OutboxRow) = Outbox,
+    User(UserRow as internal::UserRow) = User,
+    Device(DeviceRow as internal::DeviceRow) = Device,
+    UserConversation(UserConversationRow as internal::UserConversationRow) = UserConversation,
+    Cursor(CursorRow as internal::CursorRow) = Delivered | Read,
+    Cluster(ClusterRow as internal::ClusterRow) = Cluster,
+    App(AppRow as internal::AppRow) = App,
+    Broker(BrokerRow as Box<internal::BrokerRow>) = Broker,
+    Placement(PlacementRow as internal::PlacementRow) = Placement,
+    Applied(AppliedRow as Box<internal::AppliedRow>) = Applied,
 }
 
 impl Row {
@@ -108,6 +109,17 @@ impl Row {
         }
         let kind = Parts::of(key).ok_or(BadRow::Undecodable)?.kind;
         Self::decode_message(kind, message)
+    }
+
+    /// Gives back room that it was grown for and does not use: most rows that stay in memory have one or two of what they
+    /// could have many of.
+    pub fn shrink(&mut self) {
+        match self {
+            Self::Participant(row) => row.stays.shrink_to_fit(),
+            Self::SendState(row) => row.results.shrink_to_fit(),
+            Self::Device(row) => row.superseded.shrink_to_fit(),
+            _ => {}
+        }
     }
 
     /// Roughly what it costs in memory, its key apart.
@@ -173,6 +185,12 @@ impl Rows for MemoryRows {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_row_is_as_large_as_a_head_and_not_as_the_largest_of_them() {
+        assert!(size_of::<Row>() <= 80, "{}", size_of::<Row>());
+        assert!(size_of::<Option<Option<Row>>>() == size_of::<Row>());
+    }
 
     #[test]
     fn every_flipped_bit_of_a_row_is_found() {

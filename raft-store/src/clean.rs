@@ -13,8 +13,10 @@ use stentor_engine::{key::RowKey, rows::Row};
 pub(crate) const ROW_OVERHEAD_BYTES: usize = 64;
 /// Rows in use that are passed over at most while room is made once: with every row in use the hand would go all round.
 const STEPS: usize = 1_024;
+/// A slot's place. More rows than that are not kept: half a terabyte of them for one shard.
+type At = u32;
 /// No slot.
-const NONE: usize = usize::MAX;
+const NONE: At = At::MAX;
 
 /// What a row's place costs in memory, and what is in it besides.
 fn cost(key: &RowKey, row: Option<&Row>) -> usize {
@@ -27,18 +29,18 @@ struct Slot {
     row: Option<Option<Row>>,
     /// Used since the hand last passed.
     used: Cell<bool>,
-    newer: usize,
-    older: usize,
+    newer: At,
+    older: At,
 }
 
 /// The rows. Nothing is iterated in the order of the table.
 pub(crate) struct Clean {
-    table: HashTable<usize>,
+    table: HashTable<At>,
     slots: Slab<Slot>,
     hasher: FixedState,
-    newest: usize,
-    oldest: usize,
-    hand: usize,
+    newest: At,
+    oldest: At,
+    hand: At,
     bytes: usize,
 }
 
@@ -61,43 +63,54 @@ impl Clean {
         self.bytes
     }
 
-    fn find(&self, key: &RowKey) -> Option<usize> {
+    fn slot(&self, at: At) -> Option<&Slot> {
+        self.slots.get(at as usize)
+    }
+
+    fn find(&self, key: &RowKey) -> Option<At> {
         let hash = self.hasher.hash_one(key);
-        self.table.find(hash, |&at| self.slots.get(at).is_some_and(|slot| slot.key == *key)).copied()
+        self.table.find(hash, |&at| self.slot(at).is_some_and(|slot| slot.key == *key)).copied()
     }
 
     /// The row, which counts as used; `None` when it is not here.
     pub(crate) fn get(&self, key: &RowKey) -> Option<Option<&Row>> {
-        let slot = self.slots.get(self.find(key)?)?;
+        let slot = self.slot(self.find(key)?)?;
         slot.used.set(true);
         slot.row.as_ref().map(Option::as_ref)
     }
 
     /// Adds or replaces a row.
-    pub(crate) fn insert(&mut self, key: RowKey, row: Option<Row>) {
+    pub(crate) fn insert(&mut self, key: RowKey, mut row: Option<Row>) {
+        if let Some(row) = &mut row {
+            row.shrink();
+        }
         self.bytes += cost(&key, row.as_ref());
-        if let Some(slot) = self.find(&key).and_then(|at| self.slots.get_mut(at)) {
+        if let Some(slot) = self.find(&key).and_then(|at| self.slots.get_mut(at as usize)) {
             let before = slot.row.replace(row).flatten();
             self.bytes = self.bytes.saturating_sub(cost(&slot.key, before.as_ref()));
             return;
         }
+        if self.slots.len() >= NONE as usize {
+            self.bytes = self.bytes.saturating_sub(cost(&key, row.as_ref()));
+            return;
+        }
         let hash = self.hasher.hash_one(&key);
         let slot = Slot { key, row: Some(row), used: Cell::new(false), newer: NONE, older: self.newest };
-        let at = self.slots.insert(slot);
-        match self.slots.get_mut(self.newest) {
+        let at = self.slots.insert(slot) as At;
+        match self.slots.get_mut(self.newest as usize) {
             Some(newest) => newest.newer = at,
             None => self.oldest = at,
         }
         self.newest = at;
         let Self { table, slots, hasher, .. } = self;
-        let hash_of = |&at: &usize| slots.get(at).map_or(0, |slot: &Slot| hasher.hash_one(&slot.key));
+        let hash_of = |&at: &At| slots.get(at as usize).map_or(0, |slot: &Slot| hasher.hash_one(&slot.key));
         table.insert_unique(hash, at, hash_of);
     }
 
     /// Hands the row on to a newer layer. Its place waits for it.
     pub(crate) fn take(&mut self, key: &RowKey) -> Option<Option<Row>> {
         let at = self.find(key)?;
-        let slot = self.slots.get_mut(at)?;
+        let slot = self.slots.get_mut(at as usize)?;
         slot.used.set(true);
         let row = slot.row.take()?;
         self.bytes = (self.bytes + cost(&slot.key, None)).saturating_sub(cost(&slot.key, row.as_ref()));
@@ -108,7 +121,7 @@ impl Clean {
     pub(crate) fn forget(&mut self, key: &RowKey) {
         if let Some(at) = self.find(key) {
             if self.hand == at {
-                self.hand = self.slots.get(at).map_or(NONE, |slot| slot.newer);
+                self.hand = self.slot(at).map_or(NONE, |slot| slot.newer);
             }
             self.remove(at);
         }
@@ -119,7 +132,7 @@ impl Clean {
         let mut passes = STEPS;
         while self.bytes > budget {
             let at = if self.hand == NONE { self.oldest } else { self.hand };
-            let Some(slot) = self.slots.get(at) else { return };
+            let Some(slot) = self.slots.get(at as usize) else { return };
             self.hand = slot.newer;
             // Also a place whose row was not written back for a whole round.
             if !slot.used.replace(false) || passes == 0 {
@@ -130,14 +143,14 @@ impl Clean {
         }
     }
 
-    fn remove(&mut self, at: usize) {
-        let Some(Slot { key, row, newer, older, .. }) = self.slots.try_remove(at) else { return };
+    fn remove(&mut self, at: At) {
+        let Some(Slot { key, row, newer, older, .. }) = self.slots.try_remove(at as usize) else { return };
         self.bytes = self.bytes.saturating_sub(cost(&key, row.flatten().as_ref()));
-        match self.slots.get_mut(newer) {
+        match self.slots.get_mut(newer as usize) {
             Some(slot) => slot.older = older,
             None => self.newest = older,
         }
-        match self.slots.get_mut(older) {
+        match self.slots.get_mut(older as usize) {
             Some(slot) => slot.newer = newer,
             None => self.oldest = newer,
         }

@@ -100,7 +100,7 @@ pub(crate) fn applied_row(db: &Db, shard: ShardId) -> Result<Option<AppliedRow>,
 /// An applied row from its value.
 pub(crate) fn decode_applied(key: &RowKey, value: &[u8]) -> Result<AppliedRow, String> {
     match Row::decode(key.as_bytes(), value) {
-        Ok(Row::Applied(row)) => Ok(row),
+        Ok(Row::Applied(row)) => Ok(*row),
         Ok(_) => Err("the applied row holds another row".into()),
         Err(error) => Err(format!("the applied row: {error}")),
     }
