@@ -196,6 +196,7 @@ pub(crate) fn start(parts: Parts, stop: CancellationToken) -> (Proposer, impl Fu
         echo: Echo::default(),
         builder: Builder::new(),
         replies: Vec::new(),
+        joined: Vec::new(),
         held: None,
         in_flight: FuturesOrdered::new(),
         stamps: None,
@@ -220,6 +221,8 @@ struct Batcher {
     echo: Echo,
     builder: Builder,
     replies: Vec<Replying>,
+    /// What has joined since rows were last asked for: once for all, since `apply` holds their lock for a whole entry.
+    joined: Vec<Bytes>,
     /// Did not fit into the open bundle; begins the next one.
     held: Option<Waiting>,
     in_flight: FuturesOrdered<Ending>,
@@ -232,6 +235,9 @@ impl Batcher {
     async fn run(mut self, stop: CancellationToken) {
         loop {
             self.fill();
+            if !self.joined.is_empty() {
+                self.parts.reader.prefetch(self.joined.drain(..));
+            }
             let room = self.in_flight.len() < limits::BUNDLES_IN_FLIGHT;
             let mut deadline = None;
             if room {
@@ -290,7 +296,7 @@ impl Batcher {
                 self.batch.joined(now, bytes);
                 self.echo.joined(now, waiting.outcomes);
                 self.builder.push(&waiting.command);
-                self.parts.reader.prefetch(std::iter::once(&waiting.command));
+                self.joined.push(waiting.command);
                 self.replies.push((waiting.reply, waiting.outcomes));
             }
             Admit::CloseFirst => self.held = Some(waiting),

@@ -188,7 +188,7 @@ impl ShardReader {
 
     /// Hints that these encoded commands will be applied soon: rows that they need and that are not in memory are
     /// loaded. Never waits; under load the hint is dropped.
-    pub fn prefetch<'a>(&self, commands: impl Iterator<Item = &'a Bytes>) {
+    pub fn prefetch(&self, commands: impl Iterator<Item = Bytes>) {
         let mut keys = Vec::new();
         {
             let state = self.core.state.lock();
@@ -197,7 +197,7 @@ impl ShardReader {
                     keys.push(key);
                 }
             };
-            commands.for_each(|command| apply::prefetch(command, &mut visit));
+            commands.for_each(|command| apply::prefetch(&command, &mut visit));
         }
         if !keys.is_empty() {
             keys.sort_unstable();

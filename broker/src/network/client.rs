@@ -39,9 +39,10 @@ type AppendStream<'s> = BoxStream<'s, Result<StreamAppendResult<TypeConfig>, Err
 /// found by the stream's own keep-alive long before.
 const APPEND_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long news of what is committed may wait for entries that carry it along: alone they would wake a follower once more
-/// for each entry. Whoever follows applies so much later at most.
-const COMMIT_LINGER: Duration = Duration::from_millis(5);
+/// How long news of what is committed may wait for entries that carry it along: alone they would wake a follower, and its
+/// answer the leader, once more for each entry. Whoever follows applies so much later at most, and nobody waits for that but
+/// who reads there.
+const COMMIT_NEWS: Duration = Duration::from_millis(20);
 
 /// Makes the ways to the peers of one shard's replica.
 #[derive(Clone)]
@@ -336,7 +337,7 @@ where
             return self.send(&request).await;
         }
         if self.held.is_empty() {
-            self.held_until = Instant::now() + COMMIT_LINGER;
+            self.held_until = Instant::now() + COMMIT_NEWS;
         }
         self.held.push_back(request);
         Ok(())
@@ -411,3 +412,7 @@ async fn sleep_until(deadline: Option<Instant>) {
         tokio::time::sleep_until(deadline).await;
     }
 }
+
+#[cfg(test)]
+#[path = "client_tests.rs"]
+mod tests;

@@ -155,7 +155,7 @@ impl Link {
         }
     }
 
-    fn connected(&self, queue: Arc<FrameQueue<PeerFrame>>) {
+    pub(super) fn connected(&self, queue: Arc<FrameQueue<PeerFrame>>) {
         self.state.lock().queue = Some(queue);
     }
 
@@ -177,7 +177,7 @@ impl Link {
         }
     }
 
-    fn received(&self, frame: PeerFrame, clocks: &Clocks) {
+    pub(super) fn received(&self, frame: PeerFrame, clocks: &Clocks) {
         match frame.message {
             Some(Message::Beat(beat)) => clocks.heard(self.peer, beat.wall_ms, Instant::now()),
             Some(Message::Error(error)) => {

@@ -1,0 +1,146 @@
+//! What a follower hears of commits, and when: news waits for entries, rides on them, and is told at last in any case.
+//! Must never let an answer stand for a request that it does not cover.
+
+use std::task::Poll;
+
+use openraft::EntryPayload;
+use stentor_proto::{
+    ids::{BrokerId, Incarnation},
+    internal::{AppendResponse, PeerFrame, append_response::Result as R},
+};
+use stentor_raft_store::{
+    types::{BundleBytes, RaftLogEntry},
+    wire,
+};
+use tokio::time::advance;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+
+use super::*;
+use crate::{
+    clocks::Clocks,
+    parking::Parking,
+    queue::{Batches, FrameQueue},
+};
+
+type Requests = mpsc::UnboundedSender<AppendEntriesRequest<TypeConfig>>;
+type Answers<'s> = std::pin::Pin<Box<dyn Stream<Item = Result<StreamAppendResult<TypeConfig>, Error>> + 's>>;
+
+fn id(index: u64) -> RaftLogId {
+    wire::log_id(3, index)
+}
+
+fn replica(broker: u32) -> ReplicaId {
+    ReplicaId { broker: BrokerId(broker), incarnation: Incarnation(1) }
+}
+
+/// Entries after `prev` as far as `last`, from a leader that has committed so far.
+fn request(prev: u64, last: u64, commit: u64) -> AppendEntriesRequest<TypeConfig> {
+    let payload = || EntryPayload::Normal(BundleBytes::new(b"bundle".to_vec().into()));
+    AppendEntriesRequest {
+        vote: Vote::new_committed(3, replica(1)),
+        prev_log_id: Some(id(prev)),
+        entries: (prev + 1..=last).map(|index| RaftLogEntry { log_id: id(index), payload: payload() }).collect(),
+        leader_commit: Some(id(commit)),
+    }
+}
+
+/// A way to a peer that the test plays.
+struct Peer {
+    way: Way,
+    link: Arc<Link>,
+}
+
+impl Peer {
+    fn new() -> (Self, Batches<PeerFrame>) {
+        let parking = Arc::new(Parking::new(None, 1));
+        let links = Arc::new(Links { peers: Default::default(), replaced: Arc::default(), parking });
+        let route = Route { shard: ShardId(1), from: replica(1), to: replica(2) };
+        let (link, queue) = (Link::new(BrokerId(2), &links.replaced), FrameQueue::new(1 << 20));
+        link.connected(queue.clone());
+        (Self { way: Way { route, lane: Lane::Append, links }, link }, Batches::of(queue))
+    }
+
+    fn session(&self) -> (Requests, Answers<'_>) {
+        let (requests, input) = mpsc::unbounded_channel();
+        let session = Session::new(&self.way, self.link.clone(), UnboundedReceiverStream::new(input), APPEND_PATIENCE);
+        (requests, Box::pin(stream::unfold(session, Session::next).fuse()))
+    }
+
+    /// What it was sent since: (id, entries, committed).
+    async fn heard(frames: &mut Batches<PeerFrame>) -> Vec<(u64, usize, Option<u64>)> {
+        let Poll::Ready(Some(batch)) = futures_util::poll!(frames.next()) else { return Vec::new() };
+        let told = |frame: PeerFrame| match frame.message {
+            Some(Message::Append(append)) => (frame.id, append.entries.len(), append.commit.map(|commit| commit.index)),
+            other => panic!("{other:?} is no append"),
+        };
+        batch.into_iter().map(told).collect()
+    }
+}
+
+fn answer(link: &Link, id: u64, result: R) {
+    let message = Message::AppendResponse(AppendResponse { result: Some(result), partial_none: false });
+    link.received(PeerFrame { id, message: Some(message), ..PeerFrame::default() }, &Clocks::default());
+}
+
+/// Lets the session do what it can.
+async fn turn(answers: &mut Answers<'_>) -> Vec<Option<u64>> {
+    let mut matched = Vec::new();
+    while let Poll::Ready(Some(answer)) = futures_util::poll!(answers.next()) {
+        matched.push(answer.unwrap().unwrap().map(|id| id.index));
+    }
+    matched
+}
+
+#[tokio::test(start_paused = true)]
+async fn news_of_a_commit_rides_on_entries() {
+    let (peer, mut frames) = Peer::new();
+    let (requests, mut answers) = peer.session();
+    requests.send(request(5, 6, 5)).unwrap();
+    assert_eq!(turn(&mut answers).await, []);
+    let first = Peer::heard(&mut frames).await;
+    assert_eq!(first[0].1, 1);
+    assert_eq!(first[0].2, Some(5), "the first request tells");
+    advance(COMMIT_NEWS).await;
+    requests.send(request(6, 6, 6)).unwrap();
+    turn(&mut answers).await;
+    assert_eq!(Peer::heard(&mut frames).await, [], "alone it waits");
+    requests.send(request(6, 8, 6)).unwrap();
+    turn(&mut answers).await;
+    let second = Peer::heard(&mut frames).await;
+    assert_eq!((second.len(), second[0].1, second[0].2), (1, 2, Some(6)));
+    answer(&peer.link, first[0].0, R::Success(true));
+    answer(&peer.link, second[0].0, R::Success(true));
+    // The first entry, the news that rode, the entries that carried it.
+    assert_eq!(turn(&mut answers).await, [Some(6), Some(6), Some(8)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn news_comes_alone_when_nothing_carries_it() {
+    let (peer, mut frames) = Peer::new();
+    let (requests, mut answers) = peer.session();
+    requests.send(request(6, 6, 6)).unwrap();
+    turn(&mut answers).await;
+    advance(COMMIT_NEWS / 2).await;
+    requests.send(request(6, 6, 7)).unwrap();
+    turn(&mut answers).await;
+    assert_eq!(Peer::heard(&mut frames).await, []);
+    advance(COMMIT_NEWS / 2).await;
+    turn(&mut answers).await;
+    let told = Peer::heard(&mut frames).await;
+    assert_eq!((told.len(), told[0].1, told[0].2), (1, 0, Some(7)), "the newest tells for those before it");
+    answer(&peer.link, told[0].0, R::Success(true));
+    assert_eq!(turn(&mut answers).await, [Some(6), Some(6)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_took_a_part_has_had_everything_before_it() {
+    let (peer, mut frames) = Peer::new();
+    let (requests, mut answers) = peer.session();
+    requests.send(request(6, 6, 6)).unwrap();
+    requests.send(request(6, 9, 6)).unwrap();
+    turn(&mut answers).await;
+    let sent = Peer::heard(&mut frames).await;
+    answer(&peer.link, sent[0].0, R::Partial(wire::log_id_to_proto(&id(7))));
+    assert_eq!(turn(&mut answers).await, [Some(6), Some(7)]);
+    assert!(matches!(futures_util::poll!(answers.next()), Poll::Ready(None)), "openraft asks anew after a part");
+}
