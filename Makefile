@@ -34,11 +34,11 @@ verify: setup
 fix: setup
 	@. scripts/env.sh && cargo fmt --all && cargo clippy --release --fix --allow-dirty --allow-staged --workspace --all-targets
 
-# One after the other: the binary under test has what is shipped, without what only chaos asks of libraries.
+# One after the other: the binary under test is compiled as it is shipped, without what only chaos asks of libraries.
 chaos: setup
-	@. scripts/env.sh && cargo build --release --locked -p stentor-cli && \
+	@. scripts/env.sh && cargo build --profile dist --locked -p stentor-cli && \
 	  cargo build --release --locked -p stentor-chaos && \
-	  exec "$$CARGO_TARGET_DIR/release/stentor-chaos" $(ARGS)
+	  STENTOR_BIN="$${STENTOR_BIN:-$$CARGO_TARGET_DIR/dist/stentor}" exec "$$CARGO_TARGET_DIR/release/stentor-chaos" $(ARGS)
 
 # The floors are examples of the crates that own what they use; they lie beside the binary.
 peers: setup

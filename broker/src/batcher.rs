@@ -236,7 +236,7 @@ impl Batcher {
         loop {
             self.fill();
             if !self.joined.is_empty() {
-                self.parts.reader.prefetch(self.joined.drain(..));
+                self.parts.reader.prefetch(std::mem::take(&mut self.joined));
             }
             let room = self.in_flight.len() < limits::BUNDLES_IN_FLIGHT;
             let mut deadline = None;

@@ -111,8 +111,8 @@ impl Row {
         Self::decode_message(kind, message)
     }
 
-    /// Gives back room that it was grown for and does not use: most rows that stay in memory have one or two of what they
-    /// could have many of.
+    /// Gives back room that it was grown for and does not use: most rows that stay in memory have one or two of what
+    /// they could have many of.
     pub fn shrink(&mut self) {
         match self {
             Self::Participant(row) => row.stays.shrink_to_fit(),
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn a_row_is_as_large_as_a_head_and_not_as_the_largest_of_them() {
         assert!(size_of::<Row>() <= 80, "{}", size_of::<Row>());
-        assert!(size_of::<Option<Option<Row>>>() == size_of::<Row>());
+        assert_eq!(size_of::<Option<Option<Row>>>(), size_of::<Row>());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use stentor_engine::{key::RowKey, rows::Row};
 pub(crate) const ROW_OVERHEAD_BYTES: usize = 64;
 /// Rows in use that are passed over at most while room is made once: with every row in use the hand would go all round.
 const STEPS: usize = 1_024;
-/// A slot's place. More rows than that are not kept: half a terabyte of them for one shard.
+/// A slot's place. So many rows of one shard are half a terabyte; more are not kept.
 type At = u32;
 /// No slot.
 const NONE: At = At::MAX;
@@ -91,8 +91,7 @@ impl Clean {
             return;
         }
         if self.slots.len() >= NONE as usize {
-            self.bytes = self.bytes.saturating_sub(cost(&key, row.as_ref()));
-            return;
+            self.leave(self.oldest);
         }
         let hash = self.hasher.hash_one(&key);
         let slot = Slot { key, row: Some(row), used: Cell::new(false), newer: NONE, older: self.newest };
@@ -120,11 +119,15 @@ impl Clean {
     /// Lets go of the row and its place.
     pub(crate) fn forget(&mut self, key: &RowKey) {
         if let Some(at) = self.find(key) {
-            if self.hand == at {
-                self.hand = self.slot(at).map_or(NONE, |slot| slot.newer);
-            }
-            self.remove(at);
+            self.leave(at);
         }
+    }
+
+    fn leave(&mut self, at: At) {
+        if self.hand == at {
+            self.hand = self.slot(at).map_or(NONE, |slot| slot.newer);
+        }
+        self.remove(at);
     }
 
     /// Lets go of rows over the budget.
@@ -188,6 +191,16 @@ mod tests {
             clean.trim(budget);
             (0..50).for_each(|used| assert!(clean.get(&key(used)).is_some(), "{used} left when {n} came"));
         }
+    }
+
+    #[test]
+    fn a_row_that_comes_to_rest_gives_back_spare_room() {
+        let mut clean = Clean::default();
+        let mut results = Vec::with_capacity(64);
+        results.push(stentor_proto::internal::SendResult::default());
+        clean.insert(key(1), Some(SendStateRow { results, ..SendStateRow::default() }.into()));
+        let Some(Some(Row::SendState(row))) = clean.get(&key(1)) else { panic!("it was put there") };
+        assert_eq!((row.results.len(), row.results.capacity()), (1, 1));
     }
 
     #[derive(Debug, Clone)]

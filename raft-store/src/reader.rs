@@ -188,20 +188,18 @@ impl ShardReader {
 
     /// Hints that these encoded commands will be applied soon: rows that they need and that are not in memory are
     /// loaded. Never waits; under load the hint is dropped.
-    pub fn prefetch(&self, commands: impl Iterator<Item = Bytes>) {
-        let mut keys = Vec::new();
+    pub fn prefetch(&self, commands: Vec<Bytes>) {
+        // All that takes time before the lock, which `apply` wants as well.
+        let mut keys = Vec::with_capacity(2 * commands.len());
+        commands.iter().for_each(|command| apply::prefetch(command, &mut |key| keys.push(key)));
+        keys.sort_unstable();
+        keys.dedup();
         {
             let state = self.core.state.lock();
-            let mut visit = |key: RowKey| {
-                if keys.len() < limits::LOAD_KEYS && state.cache.peek(&key).is_none() {
-                    keys.push(key);
-                }
-            };
-            commands.for_each(|command| apply::prefetch(&command, &mut visit));
+            keys.retain(|key| state.cache.peek(key).is_none());
         }
+        keys.truncate(limits::LOAD_KEYS);
         if !keys.is_empty() {
-            keys.sort_unstable();
-            keys.dedup();
             self.parts.loader.hint(LoadRequest { core: self.core.clone(), keys, resume: false });
         }
     }

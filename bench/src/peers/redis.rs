@@ -78,7 +78,7 @@ impl Redis {
                 let key = keys[sent % keys.len()].clone();
                 sent += 1;
                 let answer: lane::Answer = Box::pin(async move {
-                    let added = connection.xadd(key, "*", &[("m", &[0x2a; MESSAGE_BYTES][..])]).await;
+                    let added = connection.xadd(key, "*", &[("m", &[0x2a_u8; MESSAGE_BYTES][..])]).await;
                     added.map(|_: String| ()).map_err(|error: redis::RedisError| error.to_string())
                 });
                 std::future::ready(Ok::<_, String>(answer))

@@ -51,13 +51,13 @@ struct Peer {
 }
 
 impl Peer {
-    fn new() -> (Self, Batches<PeerFrame>) {
+    fn new(lane: Lane) -> (Self, Batches<PeerFrame>) {
         let parking = Arc::new(Parking::new(None, 1));
         let links = Arc::new(Links { peers: Default::default(), replaced: Arc::default(), parking });
         let route = Route { shard: ShardId(1), from: replica(1), to: replica(2) };
         let (link, queue) = (Link::new(BrokerId(2), &links.replaced), FrameQueue::new(1 << 20));
         link.connected(queue.clone());
-        (Self { way: Way { route, lane: Lane::Append, links }, link }, Batches::of(queue))
+        (Self { way: Way { route, lane, links }, link }, Batches::of(queue))
     }
 
     fn session(&self) -> (Requests, Answers<'_>) {
@@ -93,7 +93,7 @@ async fn turn(answers: &mut Answers<'_>) -> Vec<Option<u64>> {
 
 #[tokio::test(start_paused = true)]
 async fn news_of_a_commit_rides_on_entries() {
-    let (peer, mut frames) = Peer::new();
+    let (peer, mut frames) = Peer::new(Lane::Append);
     let (requests, mut answers) = peer.session();
     requests.send(request(5, 6, 5)).unwrap();
     assert_eq!(turn(&mut answers).await, []);
@@ -116,7 +116,7 @@ async fn news_of_a_commit_rides_on_entries() {
 
 #[tokio::test(start_paused = true)]
 async fn news_comes_alone_when_nothing_carries_it() {
-    let (peer, mut frames) = Peer::new();
+    let (peer, mut frames) = Peer::new(Lane::Append);
     let (requests, mut answers) = peer.session();
     requests.send(request(6, 6, 6)).unwrap();
     turn(&mut answers).await;
@@ -134,7 +134,7 @@ async fn news_comes_alone_when_nothing_carries_it() {
 
 #[tokio::test(start_paused = true)]
 async fn who_took_a_part_has_had_everything_before_it() {
-    let (peer, mut frames) = Peer::new();
+    let (peer, mut frames) = Peer::new(Lane::Append);
     let (requests, mut answers) = peer.session();
     requests.send(request(6, 6, 6)).unwrap();
     requests.send(request(6, 9, 6)).unwrap();
@@ -143,4 +143,19 @@ async fn who_took_a_part_has_had_everything_before_it() {
     answer(&peer.link, sent[0].0, R::Partial(wire::log_id_to_proto(&id(7))));
     assert_eq!(turn(&mut answers).await, [Some(6), Some(7)]);
     assert!(matches!(futures_util::poll!(answers.next()), Poll::Ready(None)), "openraft asks anew after a part");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_waits_on_the_control_lane_or_when_nothing_more_will_come() {
+    for lane in [Lane::Control, Lane::Append] {
+        let (peer, mut frames) = Peer::new(lane);
+        let (requests, mut answers) = peer.session();
+        requests.send(request(6, 6, 7)).unwrap();
+        if lane == Lane::Append {
+            drop(requests);
+        }
+        turn(&mut answers).await;
+        let told = Peer::heard(&mut frames).await;
+        assert_eq!((told.len(), told[0].2), (1, Some(7)), "{lane:?}");
+    }
 }

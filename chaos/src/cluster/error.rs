@@ -9,7 +9,7 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum ClusterError {
     /// The binary under test was never built, or lies elsewhere.
-    #[error("there is no binary `stentor` at {0}; build it (`make build`) or name it in STENTOR_BIN")]
+    #[error("there is no binary `stentor` at {0}; `make chaos` builds it, or STENTOR_BIN names one")]
     NoBinary(PathBuf),
     /// The system refuses: to start a process, to make a folder.
     #[error("{what}: {source}")]
