@@ -42,7 +42,7 @@ const APPEND_PATIENCE: Duration = Duration::from_secs(10);
 /// How long news of what is committed may wait for entries that carry it along: alone they would wake a follower, and
 /// its answer the leader, once more for each entry. Whoever follows applies so much later at most; what waits for that
 /// there (the picture of the cluster, parking, `verify`) does so for hundreds of milliseconds.
-const COMMIT_NEWS: Duration = Duration::from_millis(20);
+const COMMIT_NEWS: Duration = Duration::from_millis(5);
 
 /// Makes the ways to the peers of one shard's replica.
 #[derive(Clone)]
