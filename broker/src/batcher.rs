@@ -236,7 +236,8 @@ impl Batcher {
         loop {
             self.fill();
             if !self.joined.is_empty() {
-                self.parts.reader.prefetch(std::mem::take(&mut self.joined));
+                self.parts.reader.prefetch(&self.joined);
+                self.joined.clear();
             }
             let room = self.in_flight.len() < limits::BUNDLES_IN_FLIGHT;
             let mut deadline = None;
@@ -311,6 +312,8 @@ impl Batcher {
     async fn propose(&mut self) {
         let builder = std::mem::take(&mut self.builder);
         let replies = std::mem::take(&mut self.replies);
+        // Nothing is in it; what it grew to in one bundle is not kept by every shard for ever.
+        self.joined = Vec::new();
         self.batch.closed();
         self.echo.closed();
         let leadership = *self.parts.leadership.borrow();

@@ -188,7 +188,7 @@ impl ShardReader {
 
     /// Hints that these encoded commands will be applied soon: rows that they need and that are not in memory are
     /// loaded. Never waits; under load the hint is dropped.
-    pub fn prefetch(&self, commands: Vec<Bytes>) {
+    pub fn prefetch(&self, commands: &[Bytes]) {
         // All that takes time before the lock, which `apply` wants as well.
         let mut keys = Vec::with_capacity(2 * commands.len());
         commands.iter().for_each(|command| apply::prefetch(command, &mut |key| keys.push(key)));
