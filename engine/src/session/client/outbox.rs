@@ -91,6 +91,9 @@ pub(super) struct Outbox<S> {
     taken_upto: u64,
     /// Since when the next send is ready, while others are in flight.
     ready_since: u64,
+    /// How many of the front were there when the count was asked for: a refusal, which may be older than what came
+    /// since, says nothing of the rest.
+    asked: usize,
 }
 
 impl<S> Default for Outbox<S> {
@@ -106,6 +109,7 @@ impl<S> Default for Outbox<S> {
             attempt: 0,
             taken_upto: 0,
             ready_since: 0,
+            asked: 0,
         }
     }
 }
@@ -354,6 +358,12 @@ impl<S> Outbox<S> {
         self.count == Count::Unknown && !self.pending.is_empty()
     }
 
+    /// The count is asked for now, if it waits for that.
+    pub(super) fn asks(&mut self) -> bool {
+        self.asked = self.pending.len();
+        self.needs_count()
+    }
+
     /// Whether a conversation's state, which may be older than the last answer, is good enough for the count.
     pub(super) fn adopts_any_state(&self) -> bool {
         self.count == Count::Unknown && self.pending.iter().all(|e| e.send.send_no == 0)
@@ -373,14 +383,15 @@ impl<S> Outbox<S> {
         }
     }
 
-    /// The server's count can't be had, for good: everything that waits is refused, or unknown. Nothing happens when it
-    /// isn't waited for.
+    /// The server's count can't be had, for good: everything that waited when it was asked is refused, or unknown.
+    /// Nothing happens when it isn't waited for.
     pub(super) fn no_count(&mut self, refusal: &v1::Refusal, answers: &mut Vec<(S, Answer)>) {
         if self.count == Count::Known || self.in_flight > 0 {
             return;
         }
         self.stopped = None;
-        answers.extend(self.pending.drain(..).map(|e| {
+        let asked = self.asked.min(self.pending.len());
+        answers.extend(self.pending.drain(..asked).map(|e| {
             let doubtful = e.uncertain && !e.lost_number;
             (e.ticket, if doubtful { Answer::Unknown(refusal.clone()) } else { Answer::Refused(refusal.clone()) })
         }));

@@ -257,7 +257,7 @@ impl<S, R> Session<S, R> {
                 continue;
             }
             conversation.question = Question::None;
-            if conversation.outbox.as_ref().is_some_and(|outbox| outbox.needs_count()) {
+            if conversation.outbox.as_mut().is_some_and(|outbox| outbox.asks()) {
                 let number = self.next_request;
                 self.next_request += 1;
                 conversation.question = Question::Asked(number);

@@ -280,6 +280,23 @@ fn an_answer_to_a_question_that_is_no_longer_asked_says_nothing() {
 }
 
 #[test]
+fn a_refused_question_answers_nothing_that_came_after_it_was_asked() {
+    let mut device = device();
+    open(&mut device, 0);
+    device.send(0, &id("c"), text("x"), "x").unwrap();
+    let asked = question(&written(&mut device, 0)).unwrap();
+    // The user is added meanwhile, knows it, and sends.
+    device.send(1, &id("c"), text("y"), "y").unwrap();
+    assert_eq!(question(&written(&mut device, 1)), None);
+    let result = Some(response::Result::Refusal(Reason::NotAParticipant.refusal()));
+    give(&mut device, 2, v1::Response { id: asked, result }).unwrap();
+    assert!(matches!(&answers(&mut device)[..], [("x", Answer::Refused(_))]));
+    let again = question(&written(&mut device, 2)).expect("it is asked for the second");
+    give(&mut device, 3, state(again, 3)).unwrap();
+    assert_eq!(numbers(&written(&mut device, 3)), [(4, 3, &b"y"[..])]);
+}
+
+#[test]
 fn a_body_over_the_limit_is_refused_here_and_holds_up_nothing() {
     static LARGE: [u8; 101] = [b'x'; 101];
     let mut device = device();
