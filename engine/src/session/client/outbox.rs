@@ -358,7 +358,7 @@ impl<S> Outbox<S> {
         self.count == Count::Unknown && !self.pending.is_empty()
     }
 
-    /// The count is asked for now, if it waits for that.
+    /// The moment to ask for the count; whether it waits for that.
     pub(super) fn asks(&mut self) -> bool {
         self.asked = self.pending.len();
         self.needs_count()
