@@ -267,10 +267,11 @@ fn a_full_disk_stops_the_brokers_and_loses_nothing_that_was_acknowledged() {
     loop {
         let up = cluster.run(&["cluster", "up"], b"");
         let verified = cluster.run(&["admin", "verify", "--json"], b"");
+        let report = verified.rows().into_iter().next().unwrap_or_default();
         if (up.code, verified.code) == (0, 0) {
+            assert_eq!(report["ok"], true, "{report}");
             break;
         }
-        let report = verified.rows().into_iter().next().unwrap_or_default();
         let problems = report["problems"].as_array().cloned().unwrap_or_default();
         assert!(problems.iter().all(|problem| problem["kind"] == "unreachable"), "{report}");
         for n in cluster.nodes().iter().filter(|n| n["state"] == "failed") {
