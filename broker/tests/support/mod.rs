@@ -7,6 +7,10 @@ use std::{
     future::Future,
     net::{SocketAddr, TcpListener},
     path::Path,
+    sync::{
+        LazyLock,
+        atomic::{AtomicU16, Ordering},
+    },
     time::Duration,
 };
 
@@ -47,9 +51,13 @@ pub struct Cluster {
 }
 
 /// Below the range from which outgoing connections get theirs: a broker that is down must find its port free again.
+/// Never one twice: another cluster of this process would take it, or try it, while the broker is down.
 fn free_port() -> SocketAddr {
-    let mut ports = std::iter::repeat_with(|| SocketAddr::from(([127, 0, 0, 1], rand::random_range(18_000..32_000))));
-    ports.find(|port| TcpListener::bind(port).is_ok()).unwrap()
+    const FIRST: u16 = 18_000;
+    const PORTS: u16 = 14_000;
+    static NEXT: LazyLock<AtomicU16> = LazyLock::new(|| AtomicU16::new(rand::random_range(0..PORTS)));
+    let next = || SocketAddr::from(([127, 0, 0, 1], FIRST + NEXT.fetch_add(1, Ordering::Relaxed) % PORTS));
+    std::iter::repeat_with(next).find(|port| TcpListener::bind(port).is_ok()).unwrap()
 }
 
 /// Waits for a condition, with a deadline that only a fault reaches.
