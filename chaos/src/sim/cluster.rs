@@ -10,6 +10,7 @@ use std::{
 use parking_lot::Mutex;
 use stentor_broker::{
     AppConfig, Bootstrap, Broker, BrokerConfig, Environment, KeyConfig, PeerConfig, Place, ReadyError, StartError,
+    StoreTuning,
 };
 use stentor_client::{Client, ClientError, MemoryCursors};
 use stentor_gateway::{BrokerAddress, Gateway, GatewayConfig, GatewayLimits};
@@ -84,6 +85,7 @@ struct Inner {
     agreement: Arc<Agreement>,
     shards: u32,
     park_after_ms: u64,
+    store: StoreTuning,
     private_key: String,
     public_key: String,
     brokers: Mutex<Vec<BrokerPlace>>,
@@ -120,6 +122,7 @@ impl Cluster {
             agreement: Arc::new(Agreement::new(trace)),
             shards: plan.shards,
             park_after_ms: plan.park_after.as_millis() as u64,
+            store: plan.store.clone(),
             private_key,
             public_key,
             brokers: Mutex::new((0..plan.brokers).map(place).collect()),
@@ -401,7 +404,7 @@ impl Cluster {
             development: true,
             bootstrap: Some(Bootstrap { cluster_id: "simulated".into(), shards: self.0.shards, apps }),
             park_after_ms: self.0.park_after_ms,
-            store: Default::default(),
+            store: self.0.store.clone(),
         }
     }
 

@@ -3,6 +3,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
+use stentor_broker::StoreTuning;
 use stentor_client::{Client, ConversationId, Create, MemoryCursors, Message};
 use stentor_raft_store::DiskFaults;
 use stentor_transport::memory::Trace;
@@ -38,6 +39,8 @@ pub struct Plan {
     pub shards: u32,
     /// After how long without news a shard parks; zero: never.
     pub park_after: Duration,
+    /// Bounds of the brokers' stores: with small ones they refuse work now and then, as brokers under too much load do.
+    pub store: StoreTuning,
     /// How long faults begin.
     pub chaos: Duration,
     /// The faults; drawn from the seed when there are none here.
@@ -61,6 +64,7 @@ impl Default for Plan {
             shards: 3,
             // Between two operations, so that most of a run is parking and waking.
             park_after: Duration::from_millis(500),
+            store: StoreTuning::default(),
             chaos,
             schedule: None,
             disks: DiskFaults::default(),

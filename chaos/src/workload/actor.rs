@@ -113,7 +113,7 @@ impl<C: Connect> Actor<C> {
                 self.cut();
                 let _ = self.connect_within(self.stage.plan.patience).await;
             }
-            let operation = Mix::draw(&mut self.dice);
+            let operation = Mix::draw(&mut self.dice, self.stage.plan.sends_only);
             operation.execute(&mut self).await;
         }
         while self.waiting.join_next().await.is_some() {}

@@ -19,8 +19,9 @@ pub(super) enum Mix {
 }
 
 impl Mix {
-    pub(super) fn draw(dice: &mut Dice) -> Self {
+    pub(super) fn draw(dice: &mut Dice, sends_only: bool) -> Self {
         match dice.below(100) {
+            _ if sends_only => Self::Send(Send::sample(dice)),
             0..45 => Self::Send(Send::sample(dice)),
             45..55 => Self::Retry(Retry::sample(dice)),
             55..73 => Self::History(History::sample(dice)),
@@ -54,7 +55,7 @@ mod tests {
     fn a_few_hundred_draws_have_all_and_a_seed_repeats() {
         let draws = |seed| {
             let mut dice = Dice::new(seed);
-            (0..300).map(|_| Mix::draw(&mut dice)).collect::<Vec<_>>()
+            (0..300).map(|_| Mix::draw(&mut dice, false)).collect::<Vec<_>>()
         };
         let mut counts = BTreeMap::new();
         for operation in draws(7) {

@@ -22,6 +22,8 @@ pub struct Plan {
     pub patience: Duration,
     /// The longest body, in bytes; short ones are longer than they are told to be by their sender's name and count.
     pub body_bytes: u64,
+    /// Nothing but sends, so that no device waits for an answer, and falls silent, while a shard has no leader.
+    pub sends_only: bool,
 }
 
 impl Plan {
@@ -35,6 +37,7 @@ impl Plan {
             pause: Duration::from_millis(200),
             patience: Duration::from_secs(60),
             body_bytes: 400,
+            sends_only: false,
         }
     }
 

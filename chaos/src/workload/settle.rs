@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use stentor_client::{ClientError, History, Item as Read, Seq};
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -26,16 +27,12 @@ struct Whole {
     members: Membership,
 }
 
+/// `within` is what each of the three steps may take: new sessions for all, whole conversations, all events at all devices.
 pub(super) async fn settle<C: Connect>(stage: &Stage<C>, actors: &mut [Actor<C>], within: Duration) -> Settled {
-    let deadline = Instant::now() + within;
-    let mut settled = Settled::default();
     // Nothing new: what was under way is decided by now, or never will be by these sessions.
-    for actor in actors.iter_mut() {
-        actor.close().await;
-        if let Err(error) = actor.connect_within(deadline.saturating_duration_since(Instant::now())).await {
-            settled.missing.push(format!("{} finds no gateway: {error}", actor.who));
-        }
-    }
+    let missing = join_all(actors.iter_mut().map(|actor| anew(actor, within))).await;
+    let mut settled = Settled { missing: missing.into_iter().flatten().collect() };
+    let deadline = Instant::now() + within;
     let mut wholes = Vec::new();
     for place in &stage.places {
         let Some(owner) = actors.iter().find(|actor| actor.who == place.owner) else { continue };
@@ -44,20 +41,32 @@ pub(super) async fn settle<C: Connect>(stage: &Stage<C>, actors: &mut [Actor<C>]
             Err(error) => settled.missing.push(format!("{} cannot be read: {error}", place.name)),
         }
     }
-    for actor in actors.iter_mut() {
+    let wholes = &wholes;
+    let mine = |actor: &Actor<C>| {
         let user = actor.who.user.clone();
-        for whole in wholes.iter().filter(|whole| whole.members.is_in(&user, whole.head)) {
+        wholes.iter().filter(move |whole| whole.members.is_in(&user, whole.head))
+    };
+    for actor in actors.iter_mut() {
+        for whole in mine(actor) {
             tail::follow(actor, &whole.place).await;
         }
     }
+    let deadline = Instant::now() + within;
     for actor in actors.iter() {
-        for whole in wholes.iter().filter(|whole| whole.members.is_in(&actor.who.user, whole.head)) {
+        for whole in mine(actor) {
             if let Err(what) = comes_to(actor, whole, deadline).await {
                 settled.missing.push(what);
             }
         }
     }
     settled
+}
+
+/// A new session for a device; else what is missing.
+async fn anew<C: Connect>(actor: &mut Actor<C>, within: Duration) -> Option<String> {
+    actor.close().await;
+    let error = actor.connect_within(within).await.err()?;
+    Some(format!("{} finds no gateway: {error}", actor.who))
 }
 
 /// Reads all of a conversation, in pages, until it was once read without a failure.
