@@ -187,6 +187,10 @@ impl<T> Pipe<T> {
 /// The shortest and the longest pause before another replica is asked, in ms.
 const PAUSE_MS: (u64, u64) = (10, 500);
 
+/// Failures in a row after which a broker that says that it leads, and cannot answer yet, is left: a new leader is ready
+/// after one fsync of a quorum, one that is cut off from its followers never is.
+const PATIENCE: u32 = 5;
+
 /// Whom to ask for a shard: the leader as far as anybody said, else one replica after the other.
 #[derive(Debug, Clone, Default)]
 pub struct Route {
@@ -217,14 +221,15 @@ impl Route {
         self.failures = 0;
     }
 
-    /// `from` does not lead; perhaps it said who does. Gives the pause before the next attempt, in ms; `None` when
-    /// `from` is not the target any more, so that late answers move nothing.
+    /// `from` cannot answer; perhaps it said who leads, and that may be itself: it is asked again then, unless it has
+    /// said so [`PATIENCE`] times. Gives the pause before the next attempt, in ms; `None` when `from` is not the target
+    /// any more, so that late answers move nothing.
     pub fn not_leader(&mut self, from: BrokerId, leader: Option<BrokerId>) -> Option<u64> {
         if self.target != Some(from) {
             return None;
         }
         match leader.filter(|leader| self.replicas.contains(leader)) {
-            Some(leader) if leader != from => self.target = Some(leader),
+            Some(leader) if leader != from || self.failures < PATIENCE => self.target = Some(leader),
             _ => self.target = self.after(from),
         }
         Some(self.pause(leader.is_some_and(|leader| leader != from)))

@@ -262,6 +262,22 @@ fn a_redirect_is_followed_once_at_once_and_then_slowly() {
 }
 
 #[test]
+fn a_leader_that_is_not_ready_is_asked_again_but_not_for_ever() {
+    let mut route = Route::default();
+    route.placed(vec![broker(1), broker(2), broker(3)], None);
+    assert_eq!(route.not_leader(broker(1), Some(broker(2))), Some(0));
+    let mut before = 0;
+    for _ in 0..4 {
+        let pause = route.not_leader(broker(2), Some(broker(2))).unwrap();
+        assert_eq!(route.target(), Some(broker(2)));
+        assert!(pause > before, "{pause} ms after {before} ms");
+        before = pause;
+    }
+    route.not_leader(broker(2), Some(broker(2)));
+    assert_eq!(route.target(), Some(broker(3)), "it may be cut off, and somebody else know who leads now");
+}
+
+#[test]
 fn a_new_placement_keeps_a_working_target() {
     let mut route = Route::default();
     route.placed(vec![broker(1), broker(2)], Some(broker(2)));
