@@ -1,5 +1,6 @@
 //! openraft's way to a peer's replica: many append requests in flight per shard, answered in order; votes and
-//! heartbeats on a lane of their own. Must never answer for a peer that did not: no answer is an error.
+//! heartbeats on a lane of their own. Must never answer for a peer that did not: no answer is an error, and none is
+//! handed on that openraft would take for more than was answered.
 
 use std::{collections::VecDeque, future::Future, sync::Arc, time::Duration};
 
@@ -289,8 +290,8 @@ where
     /// The next answer, and whether the stream must end after it.
     async fn step(&mut self) -> Option<Result<(StreamAppendResult<TypeConfig>, bool), Error>> {
         loop {
-            if self.in_flight.front().is_some_and(|front| front.answer.is_some()) {
-                return self.take_front();
+            if let Some(place) = self.due() {
+                return self.take_through(place);
             }
             if self.input_ended
                 && let Some(last) = self.held.pop_back()
@@ -306,7 +307,8 @@ where
                 && !self.input_ended
                 // What follows a cut request would not fit behind it.
                 && !self.in_flight.back().is_some_and(|back| back.cut);
-            let deadline = self.in_flight.front().map(|front| front.sent + self.patience);
+            let waiting = self.in_flight.iter().find(|request| request.answer.is_none());
+            let deadline = waiting.map(|request| request.sent + self.patience);
             tokio::select! {
                 biased;
                 Some((id, answer)) = self.receiver.recv() => self.store(id, answer),
@@ -364,13 +366,29 @@ where
         let mut answer = Some(answer);
         // Riders stand before the request that carries them.
         for request in self.in_flight.iter_mut().filter(|request| request.id == id) {
+            self.in_flight_bytes -= std::mem::take(&mut request.bytes);
             request.answer = if request.rides { answer.as_ref().map(rode) } else { answer.take() };
         }
     }
 
-    fn take_front(&mut self) -> Option<Result<(StreamAppendResult<TypeConfig>, bool), Error>> {
-        let front = self.in_flight.pop_front()?;
-        self.in_flight_bytes -= front.bytes;
+    /// Which answer to hand on next; those before it say nothing that it does not say.
+    ///
+    /// openraft takes an answer for every request as far as its last entry, news that ends there included, and counts
+    /// the lease from when the newest of them was made (`InflightAppendQueue::drain_acked`). So a success waits until
+    /// the follower has answered all of those.
+    fn due(&self) -> Option<usize> {
+        let whole = self.in_flight.iter().take_while(|request| request.answer.as_ref().is_some_and(is_whole)).count();
+        let next = self.in_flight.get(whole);
+        let place = match next.map(|next| next.last).or_else(|| self.held.front().map(|news| news.prev_log_id)) {
+            Some(open) => self.in_flight.iter().take(whole).rposition(|request| request.last < open),
+            None => whole.checked_sub(1),
+        };
+        place.or_else(|| next?.answer.as_ref().map(|_| whole))
+    }
+
+    /// Takes the requests through the one at `place` away, and hands its answer on.
+    fn take_through(&mut self, place: usize) -> Option<Result<(StreamAppendResult<TypeConfig>, bool), Error>> {
+        let front = self.in_flight.drain(..=place).next_back()?;
         let answer = match front.answer? {
             Ok(Message::AppendResponse(response)) => {
                 codec::decode_append_response(&response, front.prev, front.last).map_err(|e| bad(&e))
@@ -390,6 +408,12 @@ impl<S> Drop for Session<'_, S> {
         let ids: Vec<u64> = self.in_flight.iter().map(|request| request.id).collect();
         self.link.forget(&ids);
     }
+}
+
+/// The follower has everything that the request carried.
+fn is_whole(answer: &Answer) -> bool {
+    use internal::append_response::Result as R;
+    matches!(answer, Ok(Message::AppendResponse(response)) if matches!(response.result, Some(R::Success(_))))
 }
 
 /// What the answer to a request says of the news that went with it: whoever has a part of its entries has had everything

@@ -110,8 +110,7 @@ async fn news_of_a_commit_rides_on_entries() {
     assert_eq!((second.len(), second[0].1, second[0].2), (1, 2, Some(6)));
     answer(&peer.link, first[0].0, R::Success(true));
     answer(&peer.link, second[0].0, R::Success(true));
-    // The first entry, the news that rode, the entries that carried it.
-    assert_eq!(turn(&mut answers).await, [Some(6), Some(6), Some(8)]);
+    assert_eq!(turn(&mut answers).await, [Some(8)], "one answer says what all of them say");
 }
 
 #[tokio::test(start_paused = true)]
@@ -129,7 +128,69 @@ async fn news_comes_alone_when_nothing_carries_it() {
     let told = Peer::heard(&mut frames).await;
     assert_eq!((told.len(), told[0].1, told[0].2), (1, 0, Some(7)), "the newest tells for those before it");
     answer(&peer.link, told[0].0, R::Success(true));
-    assert_eq!(turn(&mut answers).await, [Some(6), Some(6)]);
+    assert_eq!(turn(&mut answers).await, [Some(6)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_waits_for_news_that_openraft_would_take_it_for() {
+    let (peer, mut frames) = Peer::new(Lane::Append);
+    let (requests, mut answers) = peer.session();
+    requests.send(request(4, 5, 4)).unwrap();
+    requests.send(request(5, 6, 4)).unwrap();
+    requests.send(request(6, 6, 6)).unwrap();
+    turn(&mut answers).await;
+    let entries = Peer::heard(&mut frames).await;
+    for (id, ..) in &entries {
+        answer(&peer.link, *id, R::Success(true));
+    }
+    assert_eq!(turn(&mut answers).await, [Some(5)], "the news about 6 was made after 6 was sent");
+    advance(COMMIT_NEWS).await;
+    assert_eq!(turn(&mut answers).await, []);
+    let news = Peer::heard(&mut frames).await;
+    assert_eq!((news.len(), news[0].1, news[0].2), (1, 0, Some(6)));
+    // Entries behind the news, answered before it is, change nothing.
+    requests.send(request(6, 7, 6)).unwrap();
+    assert_eq!(turn(&mut answers).await, []);
+    let behind = Peer::heard(&mut frames).await;
+    answer(&peer.link, behind[0].0, R::Success(true));
+    assert_eq!(turn(&mut answers).await, []);
+    answer(&peer.link, news[0].0, R::Success(true));
+    assert_eq!(turn(&mut answers).await, [Some(7)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_of_news_stands_for_the_answer_that_waited_for_it() {
+    let (peer, mut frames) = Peer::new(Lane::Append);
+    let (requests, mut answers) = peer.session();
+    requests.send(request(5, 6, 5)).unwrap();
+    requests.send(request(6, 6, 6)).unwrap();
+    turn(&mut answers).await;
+    answer(&peer.link, Peer::heard(&mut frames).await[0].0, R::Success(true));
+    advance(COMMIT_NEWS).await;
+    assert_eq!(turn(&mut answers).await, []);
+    let higher = Vote::new(4, replica(3));
+    answer(&peer.link, Peer::heard(&mut frames).await[0].0, R::HigherVote(wire::vote_to_proto(&higher)));
+    let Poll::Ready(Some(Ok(Err(refused)))) = futures_util::poll!(answers.next()) else { panic!("it is handed on") };
+    assert!(matches!(refused, openraft::raft::StreamAppendError::HigherVote(vote) if vote == higher));
+    assert!(matches!(futures_util::poll!(answers.next()), Poll::Ready(None)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_waits_does_not_run_out_of_patience_and_what_it_waits_for_does() {
+    let (peer, mut frames) = Peer::new(Lane::Append);
+    let (requests, mut answers) = peer.session();
+    requests.send(request(5, 6, 5)).unwrap();
+    requests.send(request(6, 6, 6)).unwrap();
+    turn(&mut answers).await;
+    answer(&peer.link, Peer::heard(&mut frames).await[0].0, R::Success(true));
+    turn(&mut answers).await;
+    advance(COMMIT_NEWS).await;
+    turn(&mut answers).await;
+    advance(APPEND_PATIENCE - COMMIT_NEWS).await;
+    assert_eq!(turn(&mut answers).await, [], "the news has been under way for less");
+    advance(COMMIT_NEWS).await;
+    let ended = futures_util::poll!(answers.next());
+    assert!(matches!(ended, Poll::Ready(Some(Err(RPCError::Timeout(_))))), "{ended:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -141,7 +202,7 @@ async fn who_took_a_part_has_had_everything_before_it() {
     turn(&mut answers).await;
     let sent = Peer::heard(&mut frames).await;
     answer(&peer.link, sent[0].0, R::Partial(wire::log_id_to_proto(&id(7))));
-    assert_eq!(turn(&mut answers).await, [Some(6), Some(7)]);
+    assert_eq!(turn(&mut answers).await, [Some(6), Some(7)], "as far as the news said, then the part");
     assert!(matches!(futures_util::poll!(answers.next()), Poll::Ready(None)), "openraft asks anew after a part");
 }
 
