@@ -26,6 +26,7 @@ use crate::{
     meta,
     node::Node,
     queue::{Batches, FrameQueue},
+    raft::READ_LEASE,
     reads::{self, Found, NotRead},
     shard::HostedShard,
 };
@@ -376,7 +377,7 @@ pub(crate) async fn beats(node: Arc<Node>) {
         for hosted in watched.into_iter().filter_map(|shard| node.hosted(shard)) {
             let Ok(leader) = hosted.raft.as_leader() else { continue };
             let term = leader.term();
-            let acked = leader.last_quorum_acked().map(|at| crate::raft::LEASE.saturating_sub(at.elapsed()));
+            let acked = leader.last_quorum_acked().map(|at| READ_LEASE.saturating_sub(at.elapsed()));
             let left = acked.unwrap_or_default().max(parking.lease_left(hosted.shard));
             match left.as_millis() as u32 {
                 0 => hosted.effects.interest.close(term),

@@ -22,9 +22,12 @@ const HEARTBEAT_SPARE_MS: u64 = 300;
 const ELECTION_MIN_MS: u64 = 600;
 /// The longest; it is also how long a leader's lease lasts.
 const ELECTION_MAX_MS: u64 = 1_000;
-/// How long a leader may answer reads after a quorum's last word. For this long after the start of a process we
-/// neither vote nor stand: openraft forgets whose lease it granted.
+/// How long a follower keeps its word to a leader. For this long after the start of a process we neither vote nor stand:
+/// openraft forgets whose lease it granted.
 pub(crate) const LEASE: Duration = Duration::from_millis(ELECTION_MAX_MS);
+/// How long a leader rests on a quorum's last word when it answers: a tenth less for clocks that run at different speeds,
+/// and another for what openraft counts too long (`network/client.rs`).
+pub(crate) const READ_LEASE: Duration = Duration::from_millis(ELECTION_MAX_MS - ELECTION_MAX_MS / 5);
 /// Entries per append request; bytes bound it before this does.
 const MAX_PAYLOAD_ENTRIES: u64 = 256;
 /// A snapshot carries a whole shard.

@@ -1,11 +1,12 @@
 //! What a user may read of a shard: pages, heads, lists, each checked against the rows of the same moment. Must never
 //! answer before the leader's lease (or a quorum) vouches for it, nor tell a seq beyond the reader's own head.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
 use openraft::{
     ReadPolicy,
     errors::{LinearizableReadError, RaftError},
+    raft::linearizable_read::LinearizerOption,
 };
 use stentor_engine::{
     access::{Segment, View},
@@ -27,6 +28,7 @@ use stentor_raft_store::ReadError;
 
 use crate::{
     batcher::{NotProposed, forwarded},
+    raft::READ_LEASE,
     shard::HostedShard,
 };
 
@@ -74,8 +76,11 @@ pub(crate) async fn may_answer(hosted: &HostedShard, linearizable: bool) -> Resu
         return Ok(());
     }
     hosted.idle.in_use().await;
-    let policy = if linearizable { ReadPolicy::ReadIndex } else { ReadPolicy::LeaseRead };
-    let linearizer = match hosted.raft.get_read_linearizer(policy).await {
+    let quorum = match linearizable {
+        true => ReadPolicy::ReadIndex.into(),
+        false => LinearizerOption::new(Some(READ_LEASE), false).with_wait_timeout(Duration::ZERO),
+    };
+    let linearizer = match hosted.raft.get_read_linearizer(quorum).await {
         Ok(linearizer) => linearizer,
         Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
             let NotProposed::NotLeader { leader, retry_here } = forwarded(&forward) else {

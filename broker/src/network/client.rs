@@ -44,6 +44,9 @@ const APPEND_PATIENCE: Duration = Duration::from_secs(10);
 /// its answer the leader, once more for each entry. Whoever follows applies so much later at most; what waits for that
 /// there (the picture of the cluster, parking, `verify`) does so for hundreds of milliseconds.
 const COMMIT_NEWS: Duration = Duration::from_millis(5);
+/// By so much openraft may count a lease from a later moment than that from which the follower keeps it; whoever rests on
+/// a lease takes it for shorter ([`crate::raft::READ_LEASE`]). As long as fsyncs take less, no answer waits for it.
+const AHEAD: Duration = Duration::from_millis(crate::raft::LEASE.as_millis() as u64 / 10);
 
 /// Makes the ways to the peers of one shard's replica.
 #[derive(Clone)]
@@ -231,6 +234,8 @@ struct InFlight {
     /// News of a commit that goes with the request behind it, whose answer is its own.
     rides: bool,
     bytes: usize,
+    /// When openraft made it, or a moment later.
+    made: Instant,
     sent: Instant,
     answer: Option<Answer>,
 }
@@ -242,9 +247,8 @@ struct Session<'s, S> {
     input: S,
     input_ended: bool,
     in_flight: VecDeque<InFlight>,
-    /// News of commits without entries, and until when they wait.
-    held: VecDeque<AppendEntriesRequest<TypeConfig>>,
-    held_until: Instant,
+    /// News of commits without entries, and when they were made.
+    held: VecDeque<(AppendEntriesRequest<TypeConfig>, Instant)>,
     in_flight_bytes: usize,
     sender: mpsc::UnboundedSender<(u64, Answer)>,
     receiver: mpsc::UnboundedReceiver<(u64, Answer)>,
@@ -266,7 +270,6 @@ where
             input_ended: false,
             in_flight: VecDeque::new(),
             held: VecDeque::new(),
-            held_until: Instant::now(),
             in_flight_bytes: 0,
             sender,
             receiver,
@@ -294,8 +297,7 @@ where
                 return self.take_through(place);
             }
             if self.input_ended
-                && let Some(last) = self.held.pop_back()
-                && let Err(error) = self.send(&last).await
+                && let Err(error) = self.tell().await
             {
                 return Some(Err(rpc_error(error)));
             }
@@ -309,6 +311,7 @@ where
                 && !self.in_flight.back().is_some_and(|back| back.cut);
             let waiting = self.in_flight.iter().find(|request| request.answer.is_none());
             let deadline = waiting.map(|request| request.sent + self.patience);
+            let held_until = self.held.front().map(|(_, made)| *made + COMMIT_NEWS);
             tokio::select! {
                 biased;
                 Some((id, answer)) = self.receiver.recv() => self.store(id, answer),
@@ -318,13 +321,9 @@ where
                     },
                     None => self.input_ended = true,
                 },
-                () = tokio::time::sleep_until(self.held_until), if !self.held.is_empty() => {
-                    if let Some(last) = self.held.pop_back()
-                        && let Err(error) = self.send(&last).await
-                    {
-                        return Some(Err(rpc_error(error)));
-                    }
-                }
+                () = sleep_until(held_until), if held_until.is_some() => if let Err(error) = self.tell().await {
+                    return Some(Err(rpc_error(error)));
+                },
                 () = sleep_until(deadline), if deadline.is_some() => {
                     return Some(Err(self.way.timed_out(RPCTypes::AppendEntries, self.patience)));
                 }
@@ -335,30 +334,36 @@ where
     /// Sends a request, or lets it wait for one that says more.
     async fn take(&mut self, request: AppendEntriesRequest<TypeConfig>) -> Result<(), LinkError> {
         let news_only = request.entries.is_empty() && self.way.lane == Lane::Append;
+        let made = Instant::now();
         if !news_only {
-            return self.send(&request).await;
+            return self.send(&request, made).await;
         }
-        if self.held.is_empty() {
-            self.held_until = Instant::now() + COMMIT_NEWS;
-        }
-        self.held.push_back(request);
+        self.held.push_back((request, made));
         Ok(())
     }
 
+    /// Sends the newest of what was held, if there is any, for all of it.
+    async fn tell(&mut self) -> Result<(), LinkError> {
+        match self.held.pop_back() {
+            Some((newest, made)) => self.send(&newest, made).await,
+            None => Ok(()),
+        }
+    }
+
     /// Sends it, with what was held.
-    async fn send(&mut self, request: &AppendEntriesRequest<TypeConfig>) -> Result<(), LinkError> {
+    async fn send(&mut self, request: &AppendEntriesRequest<TypeConfig>, made: Instant) -> Result<(), LinkError> {
         let encoded = codec::encode_append(self.way.route.shard, request);
         let (prev, last, cut, bytes) = (encoded.prev, encoded.last, encoded.cut, encoded.bytes);
         let message = Message::Append(encoded.message);
         let id = self.link.send(self.way.route, message, bytes, &self.sender).await?;
         self.in_flight_bytes += bytes;
         let sent = Instant::now();
-        for held in self.held.drain(..) {
+        for (held, made) in self.held.drain(..) {
             let prev = held.prev_log_id;
-            let rider = InFlight { id, prev, last: prev, cut: false, rides: true, bytes: 0, sent, answer: None };
+            let rider = InFlight { id, prev, last: prev, cut: false, rides: true, bytes: 0, made, sent, answer: None };
             self.in_flight.push_back(rider);
         }
-        self.in_flight.push_back(InFlight { id, prev, last, cut, rides: false, bytes, sent, answer: None });
+        self.in_flight.push_back(InFlight { id, prev, last, cut, rides: false, bytes, made, sent, answer: None });
         Ok(())
     }
 
@@ -375,15 +380,17 @@ where
     ///
     /// openraft takes an answer for every request as far as its last entry, news that ends there included, and counts
     /// the lease from when the newest of them was made (`InflightAppendQueue::drain_acked`). So a success waits until
-    /// the follower has answered all of those.
+    /// the follower has answered those that were made more than [`AHEAD`] after what it answers was sent.
     fn due(&self) -> Option<usize> {
         let whole = self.in_flight.iter().take_while(|request| request.answer.as_ref().is_some_and(is_whole)).count();
-        let next = self.in_flight.get(whole);
-        let place = match next.map(|next| next.last).or_else(|| self.held.front().map(|news| news.prev_log_id)) {
-            Some(open) => self.in_flight.iter().take(whole).rposition(|request| request.last < open),
-            None => whole.checked_sub(1),
+        let honest = |place: &usize| {
+            let Some(InFlight { last, sent, .. }) = self.in_flight.get(*place) else { return false };
+            let under_way = self.in_flight.iter().skip(whole).map(|request| (request.last, request.made));
+            let held = self.held.iter().map(|(news, made)| (news.prev_log_id, *made));
+            under_way.chain(held).take_while(|(covered, _)| covered <= last).all(|(_, made)| made <= *sent + AHEAD)
         };
-        place.or_else(|| next?.answer.as_ref().map(|_| whole))
+        let place = (0..whole).rev().find(honest);
+        place.or_else(|| self.in_flight.get(whole)?.answer.as_ref().map(|_| whole))
     }
 
     /// Takes the requests through the one at `place` away, and hands its answer on.

@@ -77,6 +77,9 @@ impl Peer {
     }
 }
 
+/// So long after a request was sent that its answer says too little of what is made then.
+const LATER: Duration = Duration::from_millis(AHEAD.as_millis() as u64 + 1);
+
 fn answer(link: &Link, id: u64, result: R) {
     let message = Message::AppendResponse(AppendResponse { result: Some(result), partial_none: false });
     link.received(PeerFrame { id, message: Some(message), ..PeerFrame::default() }, &Clocks::default());
@@ -110,7 +113,7 @@ async fn news_of_a_commit_rides_on_entries() {
     assert_eq!((second.len(), second[0].1, second[0].2), (1, 2, Some(6)));
     answer(&peer.link, first[0].0, R::Success(true));
     answer(&peer.link, second[0].0, R::Success(true));
-    assert_eq!(turn(&mut answers).await, [Some(8)], "one answer says what all of them say");
+    assert_eq!(turn(&mut answers).await, [Some(6), Some(8)], "that for the carrier says what the rider's would");
 }
 
 #[tokio::test(start_paused = true)]
@@ -131,19 +134,46 @@ async fn news_comes_alone_when_nothing_carries_it() {
     assert_eq!(turn(&mut answers).await, [Some(6)]);
 }
 
+/// Two entries are under way when the first is committed: the second, answered, waits neither for news of that nor for
+/// what carries the news.
+#[tokio::test(start_paused = true)]
+async fn news_of_one_commit_does_not_hold_up_the_next() {
+    let (peer, mut frames) = Peer::new(Lane::Append);
+    let (requests, mut answers) = peer.session();
+    requests.send(request(5, 6, 5)).unwrap();
+    requests.send(request(6, 7, 5)).unwrap();
+    turn(&mut answers).await;
+    let entries = Peer::heard(&mut frames).await;
+    answer(&peer.link, entries[0].0, R::Success(true));
+    assert_eq!(turn(&mut answers).await, [Some(6)]);
+    advance(AHEAD).await;
+    requests.send(request(7, 7, 6)).unwrap();
+    assert_eq!(turn(&mut answers).await, []);
+    answer(&peer.link, entries[1].0, R::Success(true));
+    assert_eq!(turn(&mut answers).await, [Some(7)]);
+    requests.send(request(7, 8, 6)).unwrap();
+    turn(&mut answers).await;
+    let carrier = Peer::heard(&mut frames).await;
+    assert_eq!((carrier.len(), carrier[0].1, carrier[0].2), (1, 1, Some(6)));
+    answer(&peer.link, carrier[0].0, R::Success(true));
+    assert_eq!(turn(&mut answers).await, [Some(8)]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_answer_waits_for_news_that_openraft_would_take_it_for() {
     let (peer, mut frames) = Peer::new(Lane::Append);
     let (requests, mut answers) = peer.session();
     requests.send(request(4, 5, 4)).unwrap();
     requests.send(request(5, 6, 4)).unwrap();
+    turn(&mut answers).await;
+    advance(LATER).await;
     requests.send(request(6, 6, 6)).unwrap();
     turn(&mut answers).await;
     let entries = Peer::heard(&mut frames).await;
     for (id, ..) in &entries {
         answer(&peer.link, *id, R::Success(true));
     }
-    assert_eq!(turn(&mut answers).await, [Some(5)], "the news about 6 was made after 6 was sent");
+    assert_eq!(turn(&mut answers).await, [Some(5)], "the news behind 6 was made long after 6 was sent");
     advance(COMMIT_NEWS).await;
     assert_eq!(turn(&mut answers).await, []);
     let news = Peer::heard(&mut frames).await;
@@ -163,6 +193,8 @@ async fn a_refusal_of_news_stands_for_the_answer_that_waited_for_it() {
     let (peer, mut frames) = Peer::new(Lane::Append);
     let (requests, mut answers) = peer.session();
     requests.send(request(5, 6, 5)).unwrap();
+    turn(&mut answers).await;
+    advance(LATER).await;
     requests.send(request(6, 6, 6)).unwrap();
     turn(&mut answers).await;
     answer(&peer.link, Peer::heard(&mut frames).await[0].0, R::Success(true));
@@ -180,6 +212,8 @@ async fn an_answer_that_waits_does_not_run_out_of_patience_and_what_it_waits_for
     let (peer, mut frames) = Peer::new(Lane::Append);
     let (requests, mut answers) = peer.session();
     requests.send(request(5, 6, 5)).unwrap();
+    turn(&mut answers).await;
+    advance(LATER).await;
     requests.send(request(6, 6, 6)).unwrap();
     turn(&mut answers).await;
     answer(&peer.link, Peer::heard(&mut frames).await[0].0, R::Success(true));
