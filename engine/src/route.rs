@@ -187,8 +187,8 @@ impl<T> Pipe<T> {
 /// The shortest and the longest pause before another replica is asked, in ms.
 const PAUSE_MS: (u64, u64) = (10, 500);
 
-/// Failures in a row after which a broker that says that it leads, and cannot answer yet, is left: a new leader is ready
-/// after one fsync of a quorum, one that is cut off from its followers never is.
+/// So often in a row a broker that says that it leads, and cannot answer yet, is asked again: a new leader is ready after
+/// one fsync of a quorum, one that is cut off from its followers never is.
 const PATIENCE: u32 = 5;
 
 /// Whom to ask for a shard: the leader as far as anybody said, else one replica after the other.
@@ -197,6 +197,8 @@ pub struct Route {
     replicas: Vec<BrokerId>,
     target: Option<BrokerId>,
     failures: u32,
+    /// How often in a row the target has said that it leads and cannot answer yet.
+    claims: u32,
 }
 
 impl Route {
@@ -206,6 +208,7 @@ impl Route {
         self.replicas = replicas;
         let stays = self.failures == 0 && before.is_some_and(|target| self.replicas.contains(&target));
         if !stays {
+            self.claims = 0;
             self.target = leader.filter(|leader| self.replicas.contains(leader)).or(self.replicas.first().copied());
         }
         self.target != before
@@ -218,7 +221,7 @@ impl Route {
 
     /// The target answered: it leads.
     pub fn confirmed(&mut self) {
-        self.failures = 0;
+        (self.failures, self.claims) = (0, 0);
     }
 
     /// `from` cannot answer; perhaps it said who leads, and that may be itself: it is asked again then, unless it has
@@ -228,11 +231,14 @@ impl Route {
         if self.target != Some(from) {
             return None;
         }
-        match leader.filter(|leader| self.replicas.contains(leader)) {
-            Some(leader) if leader != from || self.failures < PATIENCE => self.target = Some(leader),
-            _ => self.target = self.after(from),
+        let leader = leader.filter(|leader| self.replicas.contains(leader));
+        if leader == Some(from) && self.claims < PATIENCE {
+            self.claims += 1;
+            return Some(PAUSE_MS.0 << (self.claims - 1));
         }
-        Some(self.pause(leader.is_some_and(|leader| leader != from)))
+        let leader = leader.filter(|leader| *leader != from);
+        (self.target, self.claims) = (leader.or_else(|| self.after(from)), 0);
+        Some(self.pause(leader.is_some()))
     }
 
     /// The target can't be reached or went silent. Gives the pause before the next attempt, in ms.
@@ -240,7 +246,7 @@ impl Route {
         if self.target != Some(from) {
             return None;
         }
-        self.target = self.after(from);
+        (self.target, self.claims) = (self.after(from), 0);
         Some(self.pause(false))
     }
 

@@ -265,16 +265,27 @@ fn a_redirect_is_followed_once_at_once_and_then_slowly() {
 fn a_leader_that_is_not_ready_is_asked_again_but_not_for_ever() {
     let mut route = Route::default();
     route.placed(vec![broker(1), broker(2), broker(3)], None);
-    assert_eq!(route.not_leader(broker(1), Some(broker(2))), Some(0));
-    let mut before = 0;
-    for _ in 0..4 {
-        let pause = route.not_leader(broker(2), Some(broker(2))).unwrap();
-        assert_eq!(route.target(), Some(broker(2)));
-        assert!(pause > before, "{pause} ms after {before} ms");
-        before = pause;
+    // The old one is gone, and nobody knows the new one for a while.
+    route.lost(broker(1));
+    let ask = |route: &mut Route| route.target().map(|target| route.not_leader(target, None));
+    for _ in 0..7 {
+        ask(&mut route);
     }
-    route.not_leader(broker(2), Some(broker(2)));
+    while route.target() != Some(broker(2)) {
+        ask(&mut route);
+    }
+    for round in 0..2 {
+        let pauses: Vec<_> = (0..5).filter_map(|_| route.not_leader(broker(2), Some(broker(2)))).collect();
+        assert_eq!((pauses, route.target()), (vec![10, 20, 40, 80, 160], Some(broker(2))), "{round}");
+        if round == 0 {
+            route.confirmed();
+        }
+    }
+    assert_eq!(route.not_leader(broker(2), Some(broker(2))), Some(10));
     assert_eq!(route.target(), Some(broker(3)), "it may be cut off, and somebody else know who leads now");
+    route.not_leader(broker(3), Some(broker(2)));
+    assert_eq!(route.not_leader(broker(2), Some(broker(2))), Some(10), "told of it again, it is asked again");
+    assert_eq!(route.target(), Some(broker(2)));
 }
 
 #[test]
