@@ -206,7 +206,13 @@ fn broker_config(
 fn cache_bytes(brokers: usize) -> usize {
     let memory = rustix::system::sysinfo();
     let machine = memory.totalram.saturating_mul(u64::from(memory.mem_unit));
-    let bound = fs::read_to_string(MEMORY_MAX).ok().and_then(|bytes| bytes.trim().parse().ok());
+    cache_share(machine, fs::read_to_string(MEMORY_MAX).ok().as_deref(), brokers)
+}
+
+/// One broker's part of what `machine` has in bytes and the container's bound, as its file says it, leaves of it.
+fn cache_share(machine: u64, bound: Option<&str>, brokers: usize) -> usize {
+    // "max" where there is none.
+    let bound = bound.and_then(|bytes| bytes.trim().parse().ok());
     let part = bound.unwrap_or(machine).min(machine) / CACHE_PART / brokers.max(3) as u64;
     part.clamp(*CACHE_BYTES.start(), *CACHE_BYTES.end()) as usize
 }
@@ -274,5 +280,18 @@ mod tests {
         assert_eq!(again.file.nodes, first.file.nodes);
         assert_eq!(again.brokers[0].peers[2].peer_addr, first.brokers[2].peer_listen);
         assert_eq!(again.gateways[0].brokers.len(), 3);
+    }
+    #[test]
+    fn a_broker_takes_its_part_of_what_the_container_may_use() {
+        const GIB: u64 = 1 << 30;
+        let share = |bound, brokers| cache_share(24 * GIB, bound, brokers) as u64;
+        assert_eq!(share(None, 3), GIB);
+        assert_eq!(share(Some("max\n"), 3), GIB);
+        assert_eq!(share(Some("12884901888\n"), 3), GIB / 2);
+        assert_eq!(share(Some("12884901888\n"), 6), GIB / 4);
+        assert_eq!(share(Some("12884901888\n"), 1), GIB / 2, "one broker may have two beside it later");
+        assert_eq!(share(Some("99999999999999\n"), 3), GIB, "more than the machine has");
+        assert_eq!(share(Some("1048576\n"), 3), *CACHE_BYTES.start());
+        assert_eq!(cache_share(1024 * GIB, None, 3) as u64, *CACHE_BYTES.end());
     }
 }

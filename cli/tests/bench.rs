@@ -216,6 +216,22 @@ fn a_cluster_of_its_own_is_started_measured_shown_and_taken_down() {
     assert_eq!((nothing.code, nothing.stdout.as_str()), (2, ""));
 }
 
+/// Those beside us that need nothing installed, and our own side by both doors: that each is driven and measured.
+#[test]
+fn the_floors_are_measured_beside_us() {
+    let works = ["handshake", "forward", "raw-api"];
+    let mut args = vec!["bench", "peers", "--quick", "--repeats", "1", "--seconds", "0.4", "--json"];
+    works.iter().for_each(|work| args.extend(["--only", work]));
+    let table = run(&args, b"").well().rows().remove(0);
+    let rows = table["rows"].as_array().unwrap();
+    for row in rows {
+        let positive = |key: &str| row[key].as_f64().is_some_and(|figure| figure > 0.0);
+        assert!(["ours", "theirs", "ratio"].into_iter().all(positive) && row["note"].is_null(), "{row}");
+    }
+    let measured = |work: &str| rows.iter().any(|row| row["work"] == work && row["held"].is_boolean());
+    assert!(works.into_iter().all(measured), "{table}");
+}
+
 #[test]
 fn a_run_that_is_stopped_takes_its_cluster_down() {
     let args = ["bench", "send", "--local", "--shards", "2", "--seconds", "600", "--warm-up", "0", "--json"];

@@ -124,6 +124,8 @@ fn filled(empty: Row, metric: Metric, goal: Goal, pairs: &[(Outcome, Outcome)]) 
         Goal::OursAtMost(_) => ours.and_then(|ours| goal.held(ours, f64::NAN)),
         _ => ours.zip(ratio).and_then(|(ours, ratio)| goal.held(ours, ratio)),
     };
+    // What is fast because it fails keeps no promise.
+    let held = held.map(|held| held && pairs.iter().all(|(ours, _)| ours.errors == 0));
     Row { ours, theirs, ratio, held, repeats: pairs.len(), note: note(pairs, ours, theirs), ..empty }
 }
 
@@ -148,9 +150,9 @@ fn note(pairs: &[(Outcome, Outcome)], ours: Option<f64>, theirs: Option<f64>) ->
 }
 
 impl Table {
-    /// How many rows have no figures.
+    /// How many rows have no figures of ours, or none that a promise could be held against.
     pub fn lacking(&self) -> usize {
-        self.rows.iter().filter(|row| row.ours.is_none()).count()
+        self.rows.iter().filter(|row| row.ours.is_none() || row.goal.is_some() && row.held.is_none()).count()
     }
 
     /// How many promises were measured and do not hold.
@@ -266,6 +268,16 @@ mod tests {
         let rows = rows(&work, &side, &Ok(vec![(outcome(10.0, 1.0), broken)]));
         assert_eq!((rows[0].ours, rows[0].theirs, rows[0].ratio, rows[0].held), (Some(10.0), None, None, None));
         assert_eq!(rows[0].note.as_deref(), Some("theirs: 7 errors (refused); theirs could not be measured"));
+        assert_eq!(Table { rows }.lacking(), 3, "two promises beside nothing, and no flushes");
+    }
+
+    #[test]
+    fn sends_of_ours_that_failed_keep_no_promise() {
+        let (work, side) = one();
+        let failed = Outcome { errors: 1, ..outcome(3_000.0, 10.0) };
+        let pairs = vec![(outcome(3_000.0, 10.0), outcome(1_000.0, 50.0)), (failed, outcome(1_000.0, 50.0))];
+        let rows = rows(&work, &side, &Ok(pairs));
+        assert_eq!((rows[0].ratio, rows[0].held), (Some(3.0), Some(false)));
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //! with many digits, nor call two works the same that were not.
 //!
 //! A figure has changed when the 99 % interval of its ratio (Student's t on the logarithms of the repeats, whose noise is
-//! taken to be the same on both sides: three repeats are too few for two of them) does not contain 1, and the ratio of the medians is further from 1 than the figure's floor. The floor stands for what repeats
-//! of one run cannot show: another run has other leaders, another layout of memory, another minute of the disk.
+//! taken to be the same on both sides: three repeats are too few for two of them) does not contain 1, and the ratio of
+//! the medians is further from 1 than the figure's floor. The floor stands for what repeats of one run cannot show:
+//! another run has other leaders, another layout of memory, another minute of the disk.
 
 use serde::Serialize;
 

@@ -128,8 +128,8 @@ impl<C: Connect> Workload<C> {
         self.actors = done.into_iter().map(|(_, actor)| actor).collect();
     }
 
-    /// When all is healed: reads every conversation whole, and waits until every device has all that is its own. What
-    /// is not there within this time is named in the answer.
+    /// When all is healed: gives every device a new session, reads every conversation whole, and waits until every device
+    /// has all that is its own. What is not there within this time, for each of the three, is named in the answer.
     pub async fn settle(&mut self, within: Duration) -> Settled {
         settle::settle(&self.stage, &mut self.actors, within).await
     }

@@ -122,7 +122,8 @@ pub(crate) struct PeersBenchArgs {
     /// Only this work (--list names them); may be given again
     #[arg(long, value_name = "WORK")]
     pub(crate) only: Vec<String>,
-    /// Shorter repeats, and only the peers beside which something is promised: one work in less than a minute
+    /// Shorter repeats, and only the peers beside which something is promised: one work in less than a
+    /// minute (growth in a few: it creates a million conversations)
     #[arg(long)]
     pub(crate) quick: bool,
     /// How often both sides are measured, in turn; results are medians

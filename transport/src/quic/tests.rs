@@ -3,12 +3,13 @@
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
 use stentor_proto::frame::BadFrame;
-use tokio::time::timeout;
+use tokio::{net::UdpSocket, sync::Notify, time::timeout};
 
 use super::*;
 use crate::{
@@ -189,6 +190,61 @@ async fn cancelled_reads_and_writes_lose_nothing() {
     let ((), seen) = soon(async { tokio::join!(send, receive) }).await;
     let expected: Vec<_> = (0..FRAMES).flat_map(|i| [(3_000, i as u8), (1, i as u8)]).collect();
     assert_eq!(seen, expected);
+}
+
+/// Carries packets between one device and `to`, as a router does that gives the device another port when `renew` says so.
+async fn router(front: UdpSocket, to: SocketAddr, renew: Arc<Notify>) {
+    let mut back = UdpSocket::bind(ANY).await.unwrap();
+    let (mut device, mut out, mut home) = (None, [0; 2_048], [0; 2_048]);
+    loop {
+        tokio::select! {
+            biased;
+            () = renew.notified() => back = UdpSocket::bind(ANY).await.unwrap(),
+            got = front.recv_from(&mut out) => {
+                let (len, from) = got.unwrap();
+                device = Some(from);
+                back.send_to(&out[..len], to).await.unwrap();
+            }
+            got = back.recv_from(&mut home) => {
+                let (len, _) = got.unwrap();
+                front.send_to(&home[..len], device.unwrap()).await.unwrap();
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_device_keeps_its_connection_when_its_address_changes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server_tls, client_tls) = keys(dir.path());
+    let listener = QuicListener::bind(ANY, &server_tls, QuicLimits::default()).unwrap();
+    let (front, renew) = (UdpSocket::bind(ANY).await.unwrap(), Arc::new(Notify::new()));
+    let at = front.local_addr().unwrap();
+    tokio::spawn(router(front, listener.local_addr(), renew.clone()));
+    let server = async { listener.accept().await.unwrap().connect().await.unwrap() };
+    let (server, client) = soon(async { tokio::join!(server, connect(at, &client_tls)) }).await;
+    let client = client.unwrap();
+    let (mut writer, mut reader) = client.open().await.unwrap();
+    writer.write(&mut [frame(1, 0)]).await.unwrap();
+    let (mut answers, mut questions) = soon(server.accept_stream()).await.unwrap();
+    let mut addresses = vec![server.remote_address()];
+    for round in 0..3 {
+        // More than a packet each way, so that the new path has to carry both directions.
+        assert!(soon(questions.next()).await.unwrap().is_some());
+        answers.write(&mut [frame(9_000, round)]).await.unwrap();
+        assert_eq!(soon(reader.next()).await.unwrap().unwrap().1, vec![round; 9_000]);
+        renew.notify_one();
+        writer.write(&mut [frame(9_000, round)]).await.unwrap();
+        soon(async {
+            while addresses.last() == Some(&server.remote_address()) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await;
+        addresses.push(server.remote_address());
+    }
+    drop(answers);
+    assert!(soon(questions.next()).await.unwrap().is_some());
 }
 
 #[tokio::test]

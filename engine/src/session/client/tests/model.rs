@@ -69,6 +69,8 @@ struct Conversation {
     forgotten: bool,
     /// A question for the count was refused: what was on its way before stays unknown.
     shut: bool,
+    /// The first ticket that was given out after the last such refusal was made.
+    open_since: usize,
 }
 
 #[derive(Default)]
@@ -233,8 +235,10 @@ impl World {
             ClientFrame::Request(request) => {
                 let Some(Call::SendState(call)) = request.call else { panic!("{request:?}") };
                 let index = self.index(&call.conversation);
-                let Conversation { sends, shut, .. } = &mut self.conversations[index];
-                *shut |= self.refuse_question;
+                let Conversation { sends, shut, open_since, .. } = &mut self.conversations[index];
+                if self.refuse_question {
+                    (*shut, *open_since) = (true, self.tickets.len());
+                }
                 let state = v1::SendStateResponse { last: sends.last, done_no: sends.done_no };
                 let result = match std::mem::take(&mut self.refuse_question) {
                     true => response::Result::Refusal(Reason::NotAParticipant.refusal()),
@@ -467,12 +471,13 @@ impl World {
             }
         }
         for (ticket, (index, body, answer)) in self.tickets.iter().enumerate() {
-            let Conversation { items, forgotten, shut, .. } = &self.conversations[*index];
+            let Conversation { items, forgotten, shut, open_since, .. } = &self.conversations[*index];
             match answer {
                 Some(Answer::Sent { seq, .. }) => assert_eq!(items[seq.0 as usize - 1].as_ref(), Some(body)),
                 Some(Answer::Refused(refusal)) => {
                     assert_eq!(refusal.reason, "NOT_A_PARTICIPANT");
                     assert!(!items.contains(&Some(body.clone())), "{ticket} was refused and is there");
+                    assert!(ticket < *open_since, "{ticket} was refused by nobody");
                 }
                 Some(Answer::Unknown(_)) => assert!(*forgotten || *shut, "{ticket} unknown without a cause"),
                 other => panic!("{ticket}: {other:?}"),
