@@ -220,7 +220,7 @@ fn a_cluster_of_its_own_is_started_measured_shown_and_taken_down() {
 #[test]
 fn the_floors_are_measured_beside_us() {
     let works = ["handshake", "forward", "raw-api"];
-    let mut args = vec!["bench", "peers", "--quick", "--repeats", "1", "--seconds", "0.4", "--json"];
+    let mut args = vec!["bench", "peers", "--quick", "--repeats", "1", "--seconds", "2", "--json"];
     works.iter().for_each(|work| args.extend(["--only", work]));
     let table = run(&args, b"").well().rows().remove(0);
     let rows = table["rows"].as_array().unwrap();

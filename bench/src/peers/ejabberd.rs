@@ -32,7 +32,9 @@ const CODE: &str = "/usr/lib";
 const LIBRARIES: &str = "/usr/lib/erlang/lib";
 const CONNECTING: usize = 8;
 /// A login that takes longer has failed.
-const ONLINE_WITHIN: Duration = Duration::from_secs(60);
+const ONLINE_WITHIN: Duration = Duration::from_secs(20);
+/// Now and then it never answers one of many that come at once.
+const ATTEMPTS: usize = 3;
 /// A message that takes longer is lost.
 const ARRIVES_WITHIN: Duration = Duration::from_secs(30);
 /// The end of a session is not waited for longer.
@@ -108,28 +110,34 @@ impl Ejabberd {
 
     /// A session that the server delivers to.
     async fn online(&self, name: &str) -> Result<Session, PeerError> {
+        for _ in 1..ATTEMPTS {
+            if let Ok(online) = timeout(ONLINE_WITHIN, self.log_in(name)).await {
+                return online;
+            }
+        }
+        let online = timeout(ONLINE_WITHIN, self.log_in(name)).await;
+        online.map_err(|_| PeerError::failed(format!("log {name} in"), "no answer"))?
+    }
+
+    async fn log_in(&self, name: &str) -> Result<Session, PeerError> {
         let failed = |why: String| PeerError::failed(format!("log {name} in"), why);
         let jid: FullJid = format!("{name}@localhost/phone").parse().map_err(|error| failed(format!("{error}")))?;
         let address = DnsConfig::addr(&local(self.port).to_string());
         let mut session = Session(Some(Client::new_plaintext(jid, "any", address, Timeouts::default())));
         let client = session.client()?;
-        let come = async {
-            loop {
-                match client.next().await {
-                    Some(Event::Online { .. }) => {
-                        let available = client.send_stanza(Presence::new(Type::None).into()).await;
-                        available.map_err(|error| failed(error.to_string()))?;
-                    }
-                    // Its own presence comes back: before that, messages for it are dropped.
-                    Some(Event::Stanza(Stanza::Presence(_))) => return Ok(()),
-                    Some(Event::Stanza(_)) => {}
-                    Some(Event::Disconnected(error)) => return Err(failed(error.to_string())),
-                    None => return Err(failed("the connection ended".into())),
+        loop {
+            match client.next().await {
+                Some(Event::Online { .. }) => {
+                    let available = client.send_stanza(Presence::new(Type::None).into()).await;
+                    available.map_err(|error| failed(error.to_string()))?;
                 }
+                // Its own presence comes back: before that, messages for it are dropped.
+                Some(Event::Stanza(Stanza::Presence(_))) => return Ok(session),
+                Some(Event::Stanza(_)) => {}
+                Some(Event::Disconnected(error)) => return Err(failed(error.to_string())),
+                None => return Err(failed("the connection ended".into())),
             }
-        };
-        timeout(ONLINE_WITHIN, come).await.map_err(|_| failed("no answer".into()))??;
-        Ok(session)
+        }
     }
 
     async fn chat(&self, run: &str, pairs: usize, timing: Timing) -> Result<Outcome, PeerError> {

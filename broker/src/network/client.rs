@@ -380,14 +380,14 @@ where
     ///
     /// openraft takes an answer for every request as far as its last entry, news that ends there included, and counts
     /// the lease from when the newest of them was made (`InflightAppendQueue::drain_acked`). So a success waits until
-    /// the follower has answered those that were made more than [`AHEAD`] after what it answers was sent.
+    /// the follower has answered those that were made more than [`AHEAD`] after what it answers was made.
     fn due(&self) -> Option<usize> {
         let whole = self.in_flight.iter().take_while(|request| request.answer.as_ref().is_some_and(is_whole)).count();
         let honest = |place: &usize| {
-            let Some(InFlight { last, sent, .. }) = self.in_flight.get(*place) else { return false };
+            let Some(InFlight { last, made: from, .. }) = self.in_flight.get(*place) else { return false };
             let under_way = self.in_flight.iter().skip(whole).map(|request| (request.last, request.made));
             let held = self.held.iter().map(|(news, made)| (news.prev_log_id, *made));
-            under_way.chain(held).take_while(|(covered, _)| covered <= last).all(|(_, made)| made <= *sent + AHEAD)
+            under_way.chain(held).take_while(|(covered, _)| covered <= last).all(|(_, made)| made <= *from + AHEAD)
         };
         let place = (0..whole).rev().find(honest);
         place.or_else(|| self.in_flight.get(whole)?.answer.as_ref().map(|_| whole))
