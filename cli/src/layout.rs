@@ -281,6 +281,7 @@ mod tests {
         assert_eq!(again.brokers[0].peers[2].peer_addr, first.brokers[2].peer_listen);
         assert_eq!(again.gateways[0].brokers.len(), 3);
     }
+
     #[test]
     fn a_broker_takes_its_part_of_what_the_container_may_use() {
         const GIB: u64 = 1 << 30;

@@ -77,7 +77,7 @@ impl Peer {
     }
 }
 
-/// So long after a request was sent that its answer says too little of what is made then.
+/// So long after a request was made that its answer says too little of what is made then.
 const LATER: Duration = Duration::from_millis(AHEAD.as_millis() as u64 + 1);
 
 fn answer(link: &Link, id: u64, result: R) {
@@ -92,6 +92,15 @@ async fn turn(answers: &mut Answers<'_>) -> Vec<Option<u64>> {
         matched.push(answer.unwrap().unwrap().map(|id| id.index));
     }
     matched
+}
+
+/// Entry 6 goes out; the news behind it is made too late for its answer.
+async fn entry_and_late_news(requests: &Requests, answers: &mut Answers<'_>) {
+    requests.send(request(5, 6, 5)).unwrap();
+    turn(answers).await;
+    advance(LATER).await;
+    requests.send(request(6, 6, 6)).unwrap();
+    turn(answers).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -173,7 +182,7 @@ async fn an_answer_waits_for_news_that_openraft_would_take_it_for() {
     for (id, ..) in &entries {
         answer(&peer.link, *id, R::Success(true));
     }
-    assert_eq!(turn(&mut answers).await, [Some(5)], "the news behind 6 was made long after 6 was sent");
+    assert_eq!(turn(&mut answers).await, [Some(5)], "the news behind 6 was made long after 6 was");
     advance(COMMIT_NEWS).await;
     assert_eq!(turn(&mut answers).await, []);
     let news = Peer::heard(&mut frames).await;
@@ -192,11 +201,7 @@ async fn an_answer_waits_for_news_that_openraft_would_take_it_for() {
 async fn a_refusal_of_news_stands_for_the_answer_that_waited_for_it() {
     let (peer, mut frames) = Peer::new(Lane::Append);
     let (requests, mut answers) = peer.session();
-    requests.send(request(5, 6, 5)).unwrap();
-    turn(&mut answers).await;
-    advance(LATER).await;
-    requests.send(request(6, 6, 6)).unwrap();
-    turn(&mut answers).await;
+    entry_and_late_news(&requests, &mut answers).await;
     answer(&peer.link, Peer::heard(&mut frames).await[0].0, R::Success(true));
     advance(COMMIT_NEWS).await;
     assert_eq!(turn(&mut answers).await, []);
@@ -211,11 +216,7 @@ async fn a_refusal_of_news_stands_for_the_answer_that_waited_for_it() {
 async fn an_answer_that_waits_does_not_run_out_of_patience_and_what_it_waits_for_does() {
     let (peer, mut frames) = Peer::new(Lane::Append);
     let (requests, mut answers) = peer.session();
-    requests.send(request(5, 6, 5)).unwrap();
-    turn(&mut answers).await;
-    advance(LATER).await;
-    requests.send(request(6, 6, 6)).unwrap();
-    turn(&mut answers).await;
+    entry_and_late_news(&requests, &mut answers).await;
     answer(&peer.link, Peer::heard(&mut frames).await[0].0, R::Success(true));
     turn(&mut answers).await;
     advance(COMMIT_NEWS).await;
